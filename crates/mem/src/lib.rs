@@ -1,0 +1,1 @@
+//! Where guest memory lives: peer processes, presence, zero scan.

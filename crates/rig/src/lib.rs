@@ -1,0 +1,1 @@
+//! Conformance suites and tests that need real QEMUs; private.

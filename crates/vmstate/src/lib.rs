@@ -1,0 +1,1 @@
+//! Saves, restores and inspects the state of virtual machines in QEMU's formats.
