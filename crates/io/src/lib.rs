@@ -1,1 +1,25 @@
 //! How bytes move: lanes, aligned buffers, durable publish.
+//!
+//! The crate knows nothing of formats or guests. A planner deals [`Piece`]s, a [`Supply`] says where the
+//! bytes of a piece are, the [`WriteLanes`] put them at fixed offsets of a [`Draft`], and the draft becomes
+//! a file under its final name only when it is whole and on disk.
+//!
+//! Law: one lane is one thread with one slab. The caller's thread plans, deals and reads [`Counters`].
+
+mod cancel;
+mod counters;
+mod direct;
+mod draft;
+mod lane;
+mod publish;
+mod queue;
+mod slab;
+mod supply;
+
+pub use cancel::Cancel;
+pub use counters::{Counters, CountersReading};
+pub use direct::{DirectChoice, DirectIo, ReadPair};
+pub use draft::{Draft, DraftError, DraftOptions, DraftStep, Obstacle};
+pub use lane::{LaneError, LaneSettings, LaneTarget, PositionedWrite, WriteLanes};
+pub use slab::{HUGE_PAGE, Slab};
+pub use supply::{GRAIN_MAX, GRAIN_MIN, PIECE_GRAINS, Piece, Scratch, Supplied, Supply};

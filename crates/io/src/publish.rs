@@ -1,0 +1,103 @@
+//! The last steps of a draft, in the order that survives a crash.
+
+use std::ffi::OsStr;
+use std::ops::ControlFlow;
+
+use rustix::fs::{AtFlags, RenameFlags, fstat, linkat, renameat, renameat_with, statat, unlinkat};
+use rustix::io::Errno;
+
+use crate::draft::{Draft, DraftError, DraftStep};
+
+impl Draft {
+    /// Makes the file visible under its final name: sync the file, rename, sync the directory.
+    ///
+    /// In this order a crash at any moment leaves under the final name either what was there before or the
+    /// whole new file. Without `overwrite` the rename refuses a file that appeared meanwhile. Without `sync`
+    /// only the rename is made.
+    ///
+    /// # Errors
+    /// [`DraftError::Exists`] when the name was taken meanwhile; otherwise the step that failed. The
+    /// temporary file is gone then, and so is the final name, except that a file which was to be overwritten
+    /// and *was* replaced stays replaced when only the sync of the directory failed.
+    pub fn publish(self) -> Result<(), DraftError> {
+        self.publish_observed(|_| ControlFlow::Continue(()))
+    }
+
+    /// Publishes, asking `observe` before each step; a break stops there as a crash would, leaving all as is.
+    pub(crate) fn publish_observed(
+        mut self,
+        mut observe: impl FnMut(DraftStep) -> ControlFlow<()>,
+    ) -> Result<(), DraftError> {
+        let steps: &[DraftStep] = match self.options.sync {
+            true => &[DraftStep::SyncFile, DraftStep::Rename, DraftStep::SyncDirectory],
+            false => &[DraftStep::Rename],
+        };
+        for &step in steps {
+            if observe(step).is_break() {
+                self.is_partial = false;
+                return Ok(());
+            }
+            match step {
+                DraftStep::SyncFile => self.buffered.sync_all().map_err(|source| self.fail(step, source))?,
+                DraftStep::Rename => self.rename()?,
+                _ => self.sync_directory()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn rename(&mut self) -> Result<(), DraftError> {
+        match self.is_ours(&self.partial_name) {
+            Ok(true) => {}
+            Ok(false) => return Err(self.changeling(DraftStep::Rename)),
+            Err(source) => return Err(self.fail(DraftStep::Rename, source.into())),
+        }
+        let renamed = match self.options.overwrite {
+            true => renameat(&self.directory, &self.partial_name, &self.directory, &self.name),
+            false => self.rename_without_replacing(),
+        };
+        match renamed {
+            Ok(()) => {
+                self.is_partial = false;
+                Ok(())
+            }
+            Err(Errno::EXIST) => Err(DraftError::Exists { path: self.path.clone() }),
+            Err(source) => Err(self.fail(DraftStep::Rename, source.into())),
+        }
+    }
+
+    fn rename_without_replacing(&self) -> Result<(), Errno> {
+        let (directory, partial, name) = (&self.directory, &self.partial_name, &self.name);
+        match renameat_with(directory, partial, directory, name, RenameFlags::NOREPLACE) {
+            // Some network file systems do not know the flag; a second link refuses a taken name as well.
+            Err(Errno::INVAL | Errno::NOSYS) => {
+                linkat(directory, partial, directory, name, AtFlags::empty())?;
+                unlinkat(directory, partial, AtFlags::empty())
+            }
+            renamed => renamed,
+        }
+    }
+
+    fn sync_directory(&self) -> Result<(), DraftError> {
+        self.directory.sync_all().map_err(|source| {
+            if !self.options.overwrite {
+                self.withdraw();
+            }
+            self.fail(DraftStep::SyncDirectory, source)
+        })
+    }
+
+    /// Takes the final name back after a failure, unless it is another file's by now.
+    fn withdraw(&self) {
+        if self.is_ours(&self.name) == Ok(true) {
+            let _ = unlinkat(&self.directory, &self.name, AtFlags::empty());
+        }
+    }
+
+    /// Whether `name` in the draft's directory is the file that the draft has open.
+    fn is_ours(&self, name: &OsStr) -> Result<bool, Errno> {
+        let ours = fstat(&self.buffered)?;
+        let named = statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        Ok((ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino))
+    }
+}
