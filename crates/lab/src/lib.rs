@@ -9,12 +9,12 @@
 //! Nothing here issues a QMP command: that is the caller's business.
 
 mod assets;
-
 mod error;
 mod guest;
 mod layout;
-
+mod linux;
 mod pattern;
+mod process;
 mod qemu;
 mod serial;
 
@@ -22,7 +22,7 @@ pub use assets::assets_dir;
 pub use error::{Error, Result};
 pub use guest::{Guest, GuestSettings};
 pub use layout::{GuestRange, MachineKind, RamLayout};
-
+pub use linux::{Count, LinuxGuest, LinuxSettings};
 pub use pattern::{Fault, Pattern, VerifyError, check_page, verify};
 pub use qemu::{Incoming, MemoryBackend, Qemu, QemuSpec};
 pub use serial::{Mark, Serial};

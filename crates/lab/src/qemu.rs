@@ -3,21 +3,21 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 use std::{env, fmt};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tempfile::TempDir;
 
 use crate::error::{Error, Result};
 use crate::guest::Guest;
 use crate::layout::{MachineKind, RamLayout};
-use crate::serial::{Serial, read_log};
+use crate::process::{ended_within, escaped, read_log};
+use crate::serial::Serial;
 
 /// How long a QEMU may take from its start to its greeting. Two busy cores need seconds, not minutes.
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -228,16 +228,6 @@ impl Args {
     }
 }
 
-/// QEMU's option syntax takes a doubled comma for one that belongs to the value.
-fn escaped(path: &Path) -> OsString {
-    use std::os::unix::ffi::{OsStrExt, OsStringExt};
-    let mut bytes = Vec::new();
-    for &byte in path.as_os_str().as_bytes() {
-        bytes.extend(std::iter::repeat_n(byte, if byte == b',' { 2 } else { 1 }));
-    }
-    OsString::from_vec(bytes)
-}
-
 fn prefixed(prefix: &str, path: &Path) -> OsString {
     let mut value = OsString::from(prefix);
     value.push(escaped(path));
@@ -420,36 +410,6 @@ fn answers(path: &Path, timeout: Duration) -> io::Result<bool> {
         }
         answer => answer,
     }
-}
-
-/// Whether the process of this pidfd ends within `limit`.
-fn ended_within(pidfd: BorrowedFd<'_>, limit: Duration) -> Result<bool> {
-    let end = Instant::now() + limit;
-    loop {
-        let left = end.saturating_duration_since(Instant::now());
-        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-        match poll(&mut [PollFd::from_borrowed_fd(pidfd, PollFlags::IN)], Some(&timeout)) {
-            Ok(ready) => return Ok(ready > 0),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => {
-                return Err(Error::System { action: "wait for a process", source: errno.into() });
-            }
-        }
-    }
-}
-
-/// Runs a program to its end, and makes an error of a failure.
-pub(crate) fn run(program: &Path, args: &[&OsStr]) -> Result<()> {
-    let output = Command::new(program)
-        .args(args)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|source| Error::Start { program: program.to_owned(), source })?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let stderr = String::from_utf8_lossy(&output.stderr).trim_end().to_owned();
-    Err(Error::Program { program: program.to_owned(), status: output.status, stderr })
 }
 
 #[cfg(test)]

@@ -9,10 +9,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::inotify;
+use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::process::{read_log, wait_readable};
 
 /// How much of the console a message shows.
 const TAIL_BYTES: usize = 400;
@@ -175,21 +177,15 @@ impl Serial {
 
     /// Sleeps until the file has grown or the process has ended, and says whether the process has.
     fn sleep(&self, process: Option<BorrowedFd<'_>>, left: Duration) -> Result<bool> {
-        let failed =
-            |source: rustix::io::Errno| Error::System { action: "wait for a console", source: source.into() };
-        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
         let mut fds = vec![PollFd::from_borrowed_fd(self.changes.as_fd(), PollFlags::IN)];
         fds.extend(process.map(|process| PollFd::from_borrowed_fd(process, PollFlags::IN)));
-        match poll(&mut fds, Some(&timeout)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(failed(errno)),
-        }
+        wait_readable(&mut fds, left, "wait for a console")?;
         let ended = fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
         // The events are only a wake-up; what they say is in the file.
         let mut events = [0; 4096];
         match rustix::io::read(&self.changes, &mut events) {
-            Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(ended),
-            Err(errno) => Err(failed(errno)),
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Ok(ended),
+            Err(errno) => Err(Error::file("watch", &self.path)(errno.into())),
         }
     }
 
@@ -237,14 +233,6 @@ impl Serial {
             None => Ok(self.round),
         }
     }
-}
-
-/// What a log says, for a message; a log that cannot be read says nothing.
-pub(crate) fn read_log(path: &Path) -> String {
-    let mut text =
-        std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
-    text.truncate(text.trim_end().len());
-    text
 }
 
 #[cfg(test)]

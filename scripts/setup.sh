@@ -1,0 +1,78 @@
+#!/bin/sh
+# Makes a fresh Debian 12 or 13 with Rust fit to build, test and demonstrate vmstate: a C toolchain, QEMU 10, and
+# the kernel and busybox of the Linux guest, which are unpacked and never installed. Does nothing, and asks the
+# network nothing, when all is there. Needs root, or sudo, only when something has to be installed.
+set -eu
+umask 022
+cd "$(dirname "$0")/.."
+assets=${VMSTATE_ASSETS:-target/guest-assets}
+
+say() { echo "setup: $*" >&2; }
+die() { say "$*"; exit 1; }
+has() { command -v "$1" > /dev/null 2>&1; }
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+# Only what crosses the network is tried again.
+retry() { "$@" || { sleep 2; "$@"; } || { sleep 5; "$@"; } || die "failed three times: $*"; }
+update() { [ -n "${updated:-}" ] || { updated=1; say "reading the package lists"; retry as_root apt-get -qq update; }; }
+install() {
+    update
+    say "installing $*"
+    retry as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install "$@" > /dev/null
+}
+qemu_major() { qemu-system-x86_64 --version 2> /dev/null | sed -n '1s/.*version \([0-9]*\).*/\1/p'; }
+qemu_is_new() { has qemu-system-x86_64 && has qemu-img && [ "$(qemu_major)" -ge 10 ]; }
+
+# Debian 12 has QEMU 10 in its backports. They come from where the machine gets its Debian: its own source entry
+# is copied with another suite, in whichever of the two formats it has.
+enable_backports() {
+    suite=$1
+    if apt-cache policy qemu-system-x86 | grep -q "$suite/main"; then return; fi
+    dir=/etc/apt/sources.list.d
+    for file in "$dir"/*.sources; do
+        [ -e "$file" ] || continue
+        entry=$(awk -v RS= -v release="${suite%-backports}" '/(^|\n)Types:[^\n]*deb( |\n|$)/ &&
+            $0 ~ "(^|\n)Suites:([^\n]* )?" release "( |\n|$)" { print; exit }' "$file")
+        [ -n "$entry" ] || continue
+        echo "$entry" | sed "s/^Suites:.*/Suites: $suite/" | as_root tee "$dir/vmstate-backports.sources" > /dev/null
+        return
+    done
+    entry=$(cat /etc/apt/sources.list "$dir"/*.list 2> /dev/null |
+        grep -E "^deb .* ${suite%-backports} .*main" | head -n 1)
+    [ -n "$entry" ] || die "found no source of ${suite%-backports} among apt's to take $suite from"
+    echo "$entry" | sed "s/ ${suite%-backports} / $suite /" | as_root tee "$dir/vmstate-backports.list" > /dev/null
+}
+
+install_qemu() {
+    # shellcheck disable=SC1091
+    case $(. /etc/os-release && echo "$VERSION_CODENAME") in
+        bookworm)
+            update
+            enable_backports bookworm-backports
+            updated=
+            install -t bookworm-backports qemu-system-x86 qemu-utils ;;
+        *) install qemu-system-x86 qemu-utils ;;
+    esac
+    qemu_is_new || die "qemu-system-x86_64 is $(qemu_major), and 10 is needed; Debian 12 and 13 have it"
+}
+
+unpack_guest() {
+    update
+    kernel=$(apt-cache depends linux-image-cloud-amd64 | sed -n '/Depends: linux-image/{s/.*: //p;q}')
+    say "unpacking $kernel and busybox-static"
+    rm -rf "$assets/new" && mkdir -p "$assets/new/root"
+    (cd "$assets/new" && retry apt-get -qq -o APT::Sandbox::User="$(id -un)" download "$kernel" busybox-static)
+    for package in "$assets"/new/*.deb; do dpkg -x "$package" "$assets/new/root"; done
+    mkdir -p "$assets/new/linux/modules"
+    cp "$assets"/new/root/boot/vmlinuz-* "$assets/new/linux/vmlinuz"
+    # Debian 12 has it in /bin, Debian 13 in /usr/bin; either packs modules as it likes, the guest loads plain ones.
+    find "$assets/new/root" -name busybox -type f -perm -u+x -exec cp {} "$assets/busybox" \;
+    find "$assets/new/root" -name '*.ko*' -exec mv -t "$assets/new/linux/modules" {} +
+    find "$assets/new/linux/modules" -name '*.xz' -exec "$assets/busybox" unxz {} +
+    rm -rf "$assets/linux" && mv "$assets/new/linux" "$assets/linux" && rm -rf "$assets/new"
+}
+
+[ "$(uname -m)" = x86_64 ] || die "the guests are x86-64, and so must this machine be"
+has cargo || die "cargo is missing; install Rust first"
+if ! has gcc || ! has as || ! has ld; then install gcc binutils libc6-dev; fi
+qemu_is_new || install_qemu
+[ -e "$assets/linux/vmlinuz" ] || unpack_guest
