@@ -1,0 +1,299 @@
+//! The memory of a guest, block by block.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use page::{PageCount, PageSet, PageSize, Window};
+
+use crate::attach::{AttachError, AttachReason, BlockAddress, attach_block, try_reading};
+use crate::kind::{Backing, classify};
+use crate::peer::{Peer, PeerError};
+use crate::presence::{AnonymousRuns, FileRuns, PagemapMethod, Stretch};
+use crate::remote::{RemoteSpan, read_spans};
+use crate::shared::SharedBlock;
+use crate::windows::Windows;
+
+/// The RAM blocks of a guest in another process, readable from here. Region `i` is block `i` of those given.
+///
+/// The guest must be stopped while it is read: nothing here is atomic. [`GuestRam::recheck`] tells at the end
+/// whether it was the same memory all along.
+#[derive(Debug)]
+pub struct GuestRam {
+    peer: Arc<Peer>,
+    regions: Vec<Region>,
+}
+
+/// One block and the way to its bytes.
+#[derive(Debug)]
+pub(crate) struct Region {
+    pub(crate) block: BlockAddress,
+    pub(crate) page_size: PageSize,
+    pub(crate) backing: Backing,
+    pub(crate) reach: Reach,
+    /// One bit for each page that was supplied as data. A piece has four words to itself, so lanes never
+    /// meet in one.
+    pub(crate) data: Vec<AtomicU64>,
+}
+
+/// How the bytes of a region are read.
+#[derive(Debug)]
+pub(crate) enum Reach {
+    /// By process_vm_readv.
+    Copied,
+    /// Through a mapping of our own, or by reading the file.
+    Mapped(SharedBlock),
+}
+
+impl Region {
+    pub(crate) fn new(block: BlockAddress, page_size: PageSize, backing: Backing, reach: Reach) -> Region {
+        let words = page_size.pages_of(block.length).0.div_ceil(64);
+        // The length was found mapped in a process, so there is a word for each 256 KiB of its memory.
+        let data = (0..words).map(|_| AtomicU64::new(0)).collect();
+        Region { block, page_size, backing, reach, data }
+    }
+
+    fn pages(&self) -> PageCount {
+        self.page_size.pages_of(self.block.length)
+    }
+}
+
+/// What has changed since the memory was attached to.
+#[derive(Debug, thiserror::Error)]
+pub enum RecheckError {
+    /// The process cannot be looked into any more, or has ended.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// A block lies in other memory than it did.
+    #[error("block `{block}` at {address:#x} was mapped anew while it was read")]
+    Moved {
+        /// The name of the block.
+        block: String,
+        /// Its address.
+        address: u64,
+    },
+}
+
+impl GuestRam {
+    /// Finds the blocks in the address space of the peer and opens what is needed to read them.
+    ///
+    /// No page of the guest is touched.
+    ///
+    /// # Errors
+    /// The first block that cannot be reached, and why; or what keeps us from looking into the process.
+    pub fn attach(peer: Arc<Peer>, blocks: &[BlockAddress]) -> Result<GuestRam, AttachError> {
+        let mappings = peer.mappings()?;
+        try_reading(&peer, &mappings)?;
+        let attach = |block: &BlockAddress| {
+            attach_block(&peer, &mappings, block).map_err(|reason| match reason {
+                AttachReason::Peer(gone @ PeerError::Gone { .. }) => AttachError::Peer(gone),
+                reason => AttachError::Block { block: block.name.clone(), reason },
+            })
+        };
+        let regions = blocks.iter().map(attach).collect::<Result<_, _>>()?;
+        Ok(GuestRam { peer, regions })
+    }
+
+    /// The process.
+    pub fn peer(&self) -> &Arc<Peer> {
+        &self.peer
+    }
+
+    /// How many regions there are.
+    pub fn regions(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// The block that a region is.
+    ///
+    /// # Panics
+    /// When there is no such region.
+    pub fn block(&self, region: usize) -> &BlockAddress {
+        &self.regions[region].block
+    }
+
+    /// What is behind a region.
+    ///
+    /// # Panics
+    /// When there is no such region.
+    pub fn backing(&self, region: usize) -> &Backing {
+        &self.regions[region].backing
+    }
+
+    /// The windows of a region that have pages, in order, with those pages marked. None is touched.
+    ///
+    /// A page that is not marked reads as zero; a marked one may do so too. The stream takes the same little
+    /// memory whatever the region's size. An error in it is the last item.
+    ///
+    /// # Errors
+    /// When the presence of pages cannot be asked for.
+    ///
+    /// # Panics
+    /// When there is no such region.
+    pub fn windows(
+        &self,
+        region: usize,
+    ) -> io::Result<impl Iterator<Item = io::Result<Window>> + Send + use<'_>> {
+        self.windows_by(region, PagemapMethod::Auto)
+    }
+
+    /// [`GuestRam::windows`] with the method for private memory chosen by the caller.
+    ///
+    /// # Errors
+    /// As there; `Unsupported` when the kernel lacks the method.
+    ///
+    /// # Panics
+    /// When there is no such region.
+    pub fn windows_by(
+        &self,
+        region: usize,
+        method: PagemapMethod,
+    ) -> io::Result<impl Iterator<Item = io::Result<Window>> + Send + use<'_>> {
+        let Region { block, page_size, reach, .. } = &self.regions[region];
+        let runs: Box<dyn Iterator<Item = io::Result<_>> + Send + '_> = match reach {
+            Reach::Copied => {
+                let host = rustix::param::page_size() as u64;
+                // Attaching has checked that the end, rounded up, is an address.
+                let length = block.length.next_multiple_of(host);
+                let stretch = Stretch { address: block.address, length };
+                Box::new(AnonymousRuns::open(self.peer.clone(), stretch, method)?)
+            }
+            Reach::Mapped(shared) => {
+                Box::new(FileRuns::new(shared.file(), shared.file_offset(), block.length))
+            }
+        };
+        Ok(Windows::new(runs, *page_size, block.length))
+    }
+
+    /// The piece for a lane that a window of a region is, where the region's page 0 goes to the file offset
+    /// `pages_offset`.
+    ///
+    /// # Panics
+    /// When there is no such region, the window lies beyond its end, or the file offset wraps.
+    pub fn piece(&self, region: usize, window: &Window, pages_offset: u64) -> ::io::Piece {
+        let Region { block, page_size, .. } = &self.regions[region];
+        let offset = window.first.0 << page_size.shift();
+        assert!(offset < block.length, "a window at {offset:#x} of `{}`", block.name);
+        let grain = page_size.bytes();
+        let len = (block.length - offset).min(page::WINDOW_PAGES * grain);
+        ::io::Piece {
+            region: u32::try_from(region).expect("as many regions as blocks were given"),
+            offset,
+            target: pages_offset.checked_add(offset).expect("a file offset that wraps"),
+            // A page divides the host's, so both fit.
+            grain: grain as u32,
+            len: len as u32,
+            mask: window.mask.0,
+        }
+    }
+
+    /// The pages of a region that were supplied as data so far: exact once the lanes have finished.
+    ///
+    /// # Panics
+    /// When there is no such region.
+    pub fn data_pages(&self, region: usize) -> PageSet {
+        let region = &self.regions[region];
+        let words = region.data.iter().map(|word| word.load(Ordering::Relaxed)).collect();
+        PageSet::from_words(words, region.pages())
+    }
+
+    /// Checks that the process is the same and that every block still lies in the same memory.
+    ///
+    /// # Errors
+    /// What has changed. What was read since attaching is then worth nothing.
+    pub fn recheck(&self) -> Result<(), RecheckError> {
+        let mappings = self.peer.mappings()?;
+        for Region { block, backing, .. } in &self.regions {
+            // Mappings may have been split or joined, which changes nothing behind them.
+            let now = mappings.covering(block.address, block.length);
+            if now.is_ok_and(|now| classify(now, block.address) == *backing) {
+                continue;
+            }
+            return Err(RecheckError::Moved { block: block.name.clone(), address: block.address });
+        }
+        match self.peer.is_same() {
+            true => Ok(()),
+            false => Err(PeerError::Gone { pid: self.peer.pid() }.into()),
+        }
+    }
+
+    /// Reads bytes of a region, wherever they are; for verification, not for speed.
+    ///
+    /// Private pages that are not there become present by it (as the kernel's zero page); holes of a memfd
+    /// stay holes.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the range is not within the region; otherwise an error that names the block and
+    /// the address.
+    ///
+    /// # Panics
+    /// When there is no such region.
+    pub fn read(&self, region: usize, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let block = &self.regions[region].block;
+        if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > block.length) {
+            let text = format!("{:#x} bytes at {offset:#x} of block `{}`", buffer.len(), block.name);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        let (local, len) = (buffer.as_mut_ptr(), buffer.len());
+        // SAFETY: the buffer is exclusively borrowed for this call, and the range was checked above.
+        unsafe { self.copy(region, &[Part { offset, local, len }]) }
+    }
+
+    pub(crate) fn region(&self, region: u32) -> io::Result<&Region> {
+        self.regions.get(region as usize).ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("no region {region} among {}", self.regions.len()),
+            )
+        })
+    }
+
+    /// Copies parts of a region, which must lie within it.
+    ///
+    /// # Errors
+    /// Names the block and the address.
+    ///
+    /// # Safety
+    /// The local range of every part must be mapped, writable and this call's alone.
+    pub(crate) unsafe fn copy(&self, region: usize, parts: &[Part]) -> io::Result<()> {
+        let Region { block, reach, .. } = &self.regions[region];
+        let fail = |source: io::Error, address: u64| {
+            let fault = BlockFault { block: block.name.clone(), address, source };
+            io::Error::new(fault.source.kind(), fault)
+        };
+        match reach {
+            Reach::Copied => {
+                let remote = |part: &Part| RemoteSpan {
+                    remote: block.address + part.offset,
+                    local: part.local,
+                    len: part.len,
+                };
+                let spans: Vec<RemoteSpan> = parts.iter().map(remote).collect();
+                // SAFETY: the spans have the local ranges of the parts.
+                unsafe { read_spans(&self.peer, &spans) }.map_err(|fault| fail(fault.source, fault.address))
+            }
+            Reach::Mapped(shared) => parts.iter().try_for_each(|part| {
+                // SAFETY: a local range of the caller's.
+                unsafe { shared.read(part.offset, part.local, part.len) }
+                    .map_err(|source| fail(source, block.address + part.offset))
+            }),
+        }
+    }
+}
+
+/// Bytes of a region and where they go.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub offset: u64,
+    pub local: *mut u8,
+    pub len: usize,
+}
+
+/// Guest memory that could not be read.
+#[derive(Debug, thiserror::Error)]
+#[error("block `{block}` at address {address:#x}")]
+struct BlockFault {
+    block: String,
+    address: u64,
+    source: io::Error,
+}

@@ -1,0 +1,165 @@
+//! Guest memory as the lanes want it.
+
+use std::io;
+use std::sync::atomic::Ordering;
+
+use ::io::{Piece, Scratch, Supplied, Supply};
+use page::{Mask, WINDOW_PAGES};
+
+use crate::guest_ram::{GuestRam, Part, Reach, Region};
+use crate::shared::SharedBlock;
+use crate::zero::nonzero_mask;
+
+/// The I/O unit, in bytes. Zeros between data that are fewer are written along, which costs less than another
+/// write does; runs of at least as many are worth a write of their own.
+const UNIT: usize = 64 << 10;
+
+// SAFETY: the answer is the scratch, into which every grain named was copied or zeroed, or the mapping of a
+// sealed memfd, of which only grains are named that have data in the file. The scratch is left alone until
+// the lane asks again; the mapping lives as long as the guest's memory does, of which the lane has a share.
+unsafe impl Supply for GuestRam {
+    /// Finds the data among the marked pages. The pages that are not marked are taken to be absent, as they
+    /// are in the pieces that [`GuestRam::piece`] makes of [`GuestRam::windows`]: short gaps of them are
+    /// supplied as zeros.
+    fn supply(&self, piece: &Piece, scratch: &mut Scratch) -> io::Result<Supplied> {
+        let region = self.region(piece.region)?;
+        check_piece(region, piece, scratch)?;
+        let supplied = match &region.reach {
+            Reach::Mapped(shared) if shared.is_sealed() => self.supply_mapped(piece, shared, scratch)?,
+            Reach::Mapped(_) | Reach::Copied => self.supply_copied(piece, scratch)?,
+        };
+        region.record(piece, supplied.write);
+        Ok(supplied)
+    }
+}
+
+impl GuestRam {
+    /// Copies the marked pages and looks for zeros in the copy, which the cache still holds.
+    fn supply_copied(&self, piece: &Piece, scratch: &mut Scratch) -> io::Result<Supplied> {
+        let marked = Mask(piece.mask);
+        let base = self.copy_runs(piece, marked, scratch)?;
+        // SAFETY: the marked pages were copied to the scratch just now.
+        let data = unsafe { nonzero_mask(base, piece.len as usize, piece.grain as usize, marked) };
+        let write = bridge(data, Mask::FULL, piece.grain);
+        for (start, end) in minus(write, marked).runs() {
+            let (from, to) = piece.bytes_of(start, end);
+            // SAFETY: bytes of the scratch, which holds the whole piece and is ours until we answer.
+            unsafe { base.wrapping_add(from).write_bytes(0, to - from) };
+        }
+        Ok(Supplied { base, write: write.0 })
+    }
+
+    /// Supplies straight from the mapping, unless the data is in crumbs that a copy would join.
+    fn supply_mapped(
+        &self,
+        piece: &Piece,
+        shared: &SharedBlock,
+        scratch: &mut Scratch,
+    ) -> io::Result<Supplied> {
+        let marked = Mask(piece.mask);
+        let base = shared.address(piece.offset);
+        // SAFETY: the marked pages have data in the file, which is sealed against shrinking, and lie within
+        // the mapping. The guest may write them meanwhile, which the scan allows for.
+        let data = unsafe { nonzero_mask(base, piece.len as usize, piece.grain as usize, marked) };
+        // In place only pages with data can be written along: to touch a hole would allocate it.
+        let in_place = bridge(data, marked, piece.grain);
+        let joined = bridge(data, Mask::FULL, piece.grain);
+        let has_crumbs = in_place.runs().any(|(start, end)| (end - start) * (piece.grain as usize) < UNIT);
+        if has_crumbs && joined.runs().count() < in_place.runs().count() {
+            let base = self.copy_runs(piece, joined, scratch)?;
+            return Ok(Supplied { base, write: joined.0 });
+        }
+        Ok(Supplied { base, write: in_place.0 })
+    }
+
+    /// Copies runs of a piece to where they are in the scratch, the start of which it returns.
+    fn copy_runs(&self, piece: &Piece, mask: Mask, scratch: &mut Scratch) -> io::Result<*mut u8> {
+        let base = scratch.as_mut_ptr();
+        let part = |(start, end)| {
+            let (from, to) = piece.bytes_of(start, end);
+            Part { offset: piece.offset + from as u64, local: base.wrapping_add(from), len: to - from }
+        };
+        let parts: Vec<Part> = mask.runs().map(part).filter(|part| part.len > 0).collect();
+        // SAFETY: every part lies in the scratch, which holds the whole piece and is ours until we answer.
+        unsafe { self.copy(piece.region as usize, &parts) }?;
+        Ok(base)
+    }
+}
+
+impl Region {
+    fn record(&self, piece: &Piece, write: [u64; 4]) {
+        // The piece was found to start at a window and to lie within the region.
+        let first = (piece.offset / u64::from(piece.grain) / 64) as usize;
+        for (word, bits) in self.data[first..].iter().zip(write) {
+            // Relaxed: whoever reads the words joins the lanes first.
+            word.fetch_or(bits, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Refuses a piece that is not a window of its region, or that marks pages beyond its end.
+fn check_piece(region: &Region, piece: &Piece, scratch: &Scratch) -> io::Result<()> {
+    let is_window = u64::from(piece.grain) == region.page_size.bytes()
+        && piece.offset.is_multiple_of(u64::from(piece.grain) * WINDOW_PAGES)
+        && piece.offset.checked_add(piece.len.into()).is_some_and(|end| end <= region.block.length)
+        && piece.grains() as u64 <= WINDOW_PAGES
+        && minus(Mask(piece.mask), Mask::range(0, piece.grains() as usize)).is_empty();
+    if is_window && scratch.len() >= piece.len as usize {
+        return Ok(());
+    }
+    let text = format!(
+        "piece of {:#x} bytes at {:#x} is no window of block `{}`",
+        piece.len, piece.offset, region.block.name
+    );
+    Err(io::Error::new(io::ErrorKind::InvalidInput, text))
+}
+
+/// The mask with its gaps filled where they are shorter than a unit and made of `fillable` pages only.
+fn bridge(mask: Mask, fillable: Mask, grain: u32) -> Mask {
+    let mut bridged = mask;
+    let mut previous_end = None;
+    for (start, end) in mask.runs() {
+        if let Some(gap_start) = previous_end
+            && (start - gap_start) * (grain as usize) < UNIT
+            && minus(Mask::range(gap_start, start), fillable).is_empty()
+        {
+            bridged.insert_range(gap_start, start);
+        }
+        previous_end = Some(end);
+    }
+    bridged
+}
+
+fn minus(mask: Mask, without: Mask) -> Mask {
+    Mask(std::array::from_fn(|i| mask.0[i] & !without.0[i]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mask(ranges: &[(usize, usize)]) -> Mask {
+        ranges.iter().fold(Mask::EMPTY, |all, &(start, end)| all.or(Mask::range(start, end)))
+    }
+
+    #[test]
+    fn gaps_shorter_than_a_unit_are_bridged_where_they_may_be() {
+        let full = Mask::FULL;
+        for (data, fillable, expected) in [
+            (mask(&[]), full, mask(&[])),
+            (mask(&[(0, 1), (16, 17)]), full, mask(&[(0, 17)])),
+            (mask(&[(0, 1), (17, 18)]), full, mask(&[(0, 1), (17, 18)])),
+            (mask(&[(5, 6), (250, 251), (255, 256)]), full, mask(&[(5, 6), (250, 256)])),
+            (mask(&[(0, 1), (4, 5)]), mask(&[(0, 3), (4, 5)]), mask(&[(0, 1), (4, 5)])),
+            (mask(&[(0, 1), (4, 5)]), mask(&[(0, 5)]), mask(&[(0, 5)])),
+        ] {
+            assert_eq!(bridge(data, fillable, 4096), expected, "{:?}", data.runs().collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_large_grain_is_never_bridged() {
+        let crumbs = mask(&[(0, 1), (2, 3)]);
+        assert_eq!(bridge(crumbs, Mask::FULL, 64 << 10), crumbs);
+    }
+}
