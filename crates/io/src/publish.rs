@@ -101,3 +101,78 @@ impl Draft {
         Ok((ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::draft::DraftOptions;
+
+    /// Publishes up to the step number `survived`, then "crashes"; gives the steps that were begun.
+    fn crash_after(draft: Draft, survived: usize) -> Vec<DraftStep> {
+        let mut steps = Vec::new();
+        let published = draft.publish_observed(|step| {
+            steps.push(step);
+            if steps.len() > survived { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        published.expect("no step fails");
+        steps
+    }
+
+    #[test]
+    fn a_crash_at_any_step_leaves_the_old_file_or_the_whole_new_one() {
+        let order = [DraftStep::SyncFile, DraftStep::Rename, DraftStep::SyncDirectory];
+        for overwrite in [false, true] {
+            for survived in 0..=order.len() {
+                let directory = tempfile::tempdir().expect("a temporary directory");
+                let path = directory.path().join("vm.img");
+                if overwrite {
+                    fs::write(&path, "old").expect("a file");
+                }
+                let options = DraftOptions { overwrite, ..DraftOptions::default() };
+                let draft = Draft::create(&path, options).expect("a draft");
+                draft.buffered().write_all_at(b"new", 0).expect("three bytes");
+                let partial = draft.partial_path().to_owned();
+
+                let steps = crash_after(draft, survived);
+                let begun = order.len().min(survived + 1);
+                assert_eq!(
+                    steps,
+                    order[..begun],
+                    "the file is synced before the rename, the directory after"
+                );
+                let expected: Option<&[u8]> = match (survived >= 2, overwrite) {
+                    (true, _) => Some(b"new"),
+                    (false, true) => Some(b"old"),
+                    (false, false) => None,
+                };
+                assert_eq!(fs::read(&path).ok().as_deref(), expected, "after {survived} steps");
+                assert_eq!(partial.exists(), survived < 2, "after {survived} steps");
+            }
+        }
+    }
+
+    #[test]
+    fn without_sync_only_the_rename_is_made() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let options = DraftOptions { sync: false, ..DraftOptions::default() };
+        let draft = Draft::create(&directory.path().join("vm.img"), options).expect("a draft");
+        assert_eq!(crash_after(draft, 9), [DraftStep::Rename]);
+    }
+
+    #[test]
+    fn a_withdrawn_name_is_taken_back_only_from_our_own_file() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("vm.img");
+        let mut draft = Draft::create(&path, DraftOptions::default()).expect("a draft");
+        fs::write(&path, "somebody else's").expect("a file");
+        draft.withdraw();
+        assert!(path.exists());
+        fs::remove_file(&path).expect("the file");
+        draft.rename().expect("a free name");
+        draft.withdraw();
+        assert!(!path.exists());
+    }
+}

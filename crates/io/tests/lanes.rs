@@ -1,0 +1,433 @@
+//! What lanes promise, whatever the file under them does.
+#![allow(clippy::print_stdout, reason = "a test that leaves something out says what it misses")]
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::panic::catch_unwind;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vmstate_io::{
+    Cancel, Counters, CountersReading, Draft, DraftOptions, LaneError, LaneSettings, LaneTarget, Piece,
+    PositionedWrite, Scratch, Supplied, Supply, WriteLanes,
+};
+
+const GRAIN: u32 = 4096;
+const ALIGN: usize = 4096;
+
+/// What a scripted file answers to a write of so many bytes.
+enum Answer {
+    Take(usize),
+    Refuse(i32),
+}
+
+/// A file in memory. Two openings of one file share its bytes, as descriptors do.
+struct Scripted<F> {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    calls: AtomicUsize,
+    /// Direct I/O refuses what is misaligned, as a disk does.
+    is_direct: bool,
+    /// The answer to call number so much (from 0) of so many bytes.
+    script: F,
+}
+
+impl<F: Fn(usize, usize) -> Answer + Send + Sync> PositionedWrite for Scripted<F> {
+    unsafe fn write_span_at(&self, base: *const u8, len: usize, offset: u64) -> io::Result<usize> {
+        assert!(len > 0, "a write of nothing at {offset:#x}");
+        let offset = offset as usize;
+        if self.is_direct && !(base.addr() | len | offset).is_multiple_of(ALIGN) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        match (self.script)(self.calls.fetch_add(1, Ordering::SeqCst), len) {
+            Answer::Refuse(errno) => Err(io::Error::from_raw_os_error(errno)),
+            Answer::Take(taken) => {
+                let mut bytes = self.bytes.lock().expect("no test panics under the lock");
+                let end = bytes.len().max(offset + taken);
+                bytes.resize(end, 0);
+                // SAFETY: the caller's span has at least `taken` bytes, and the vector was made to have as
+                // many from `offset` on; the two do not overlap.
+                unsafe { base.copy_to_nonoverlapping(bytes.as_mut_ptr().wrapping_add(offset), taken) };
+                Ok(taken)
+            }
+        }
+    }
+}
+
+fn scripted(
+    bytes: &Arc<Mutex<Vec<u8>>>,
+    is_direct: bool,
+    script: impl Fn(usize, usize) -> Answer + Send + Sync + 'static,
+) -> Box<dyn PositionedWrite> {
+    Box::new(Scripted { bytes: bytes.clone(), calls: AtomicUsize::new(0), is_direct, script })
+}
+
+/// The byte of a region at an offset: never zero, except in every fifth grain, which is nothing but zeros.
+fn pattern(region: u32, offset: u64) -> u8 {
+    let grain = offset / u64::from(GRAIN);
+    if grain % 5 == 4 { 0 } else { (offset % 251) as u8 ^ (grain % 127) as u8 ^ region as u8 | 0x80 }
+}
+
+/// Supplies the pattern by copying it to the scratch, and leaves the zeros out.
+struct Pattern;
+
+// SAFETY: every grain named was filled in the scratch, which is left alone until the next piece.
+unsafe impl Supply for Pattern {
+    fn supply(&self, piece: &Piece, scratch: &mut Scratch) -> io::Result<Supplied> {
+        assert!(scratch.len() >= piece.len as usize);
+        let base = scratch.as_mut_ptr();
+        let mut write = piece.mask;
+        for grain in 0..piece.grains() as usize {
+            let (from, to) = piece.bytes_of(grain, grain + 1);
+            for i in from..to {
+                // SAFETY: a byte of the scratch, which holds the whole piece.
+                unsafe { base.wrapping_add(i).write(pattern(piece.region, piece.offset + i as u64)) };
+            }
+            if pattern(piece.region, piece.offset + from as u64) == 0 {
+                write[grain / 64] &= !(1 << (grain % 64));
+            }
+        }
+        Ok(Supplied { base, write })
+    }
+}
+
+/// A supply that answers by a function.
+struct Answering<F>(F);
+
+// SAFETY: the tests' functions answer with the scratch or with an error; those that answer with more than
+// the piece has are there to be caught before a byte is read.
+unsafe impl<F: Fn(&Piece, *mut u8) -> io::Result<Supplied> + Send + Sync> Supply for Answering<F> {
+    fn supply(&self, piece: &Piece, scratch: &mut Scratch) -> io::Result<Supplied> {
+        (self.0)(piece, scratch.as_mut_ptr())
+    }
+}
+
+/// The pieces of a region of `len` bytes which starts at the file offset `target`: full but for every
+/// seventh grain.
+fn pieces(region: u32, len: u64, target: u64) -> Vec<Piece> {
+    let step = u64::from(GRAIN) * 256;
+    let piece_at = |offset: u64| {
+        let len = (len - offset).min(step) as u32;
+        let mut mask = [0u64; 4];
+        for grain in (0..len.div_ceil(GRAIN) as usize).filter(|grain| grain % 7 != 6) {
+            mask[grain / 64] |= 1 << (grain % 64);
+        }
+        Piece { region, offset, target: target + offset, grain: GRAIN, len, mask }
+    };
+    (0..len.div_ceil(step)).map(|i| piece_at(i * step)).collect()
+}
+
+/// The file that the pieces make.
+fn expected(pieces: &[Piece]) -> Vec<u8> {
+    let mut file = Vec::new();
+    for piece in pieces {
+        for i in 0..piece.len as usize {
+            let grain = i / GRAIN as usize;
+            let byte = pattern(piece.region, piece.offset + i as u64);
+            if piece.mask[grain / 64] >> (grain % 64) & 1 == 1 && byte != 0 {
+                let at = piece.target as usize + i;
+                file.resize(file.len().max(at + 1), 0);
+                file[at] = byte;
+            }
+        }
+    }
+    file
+}
+
+struct Run {
+    target: LaneTarget,
+    supply: Arc<dyn Supply>,
+    cancel: Cancel,
+    lanes: usize,
+}
+
+impl Run {
+    fn new(target: LaneTarget) -> Run {
+        Run { target, supply: Arc::new(Pattern), cancel: Cancel::new().expect("eventfd"), lanes: 2 }
+    }
+
+    /// Deals all the pieces unless a deal fails; gives how many were dealt, how it ended, and the counters.
+    fn go(self, pieces: &[Piece]) -> (usize, Result<(), LaneError>, CountersReading) {
+        let counters = Arc::new(Counters::default());
+        let settings = LaneSettings { lanes: self.lanes, align: ALIGN };
+        let lanes = WriteLanes::start(self.target, self.supply, settings, counters.clone(), self.cancel)
+            .expect("a few threads");
+        let dealt = pieces.iter().take_while(|piece| lanes.deal(**piece).is_ok()).count();
+        let ended = lanes.finish();
+        (dealt, ended, counters.read())
+    }
+}
+
+/// Two regions, the second at an odd file offset, both with an odd tail.
+fn two_regions() -> Vec<Piece> {
+    let mut all = pieces(0, 3 * 256 * 4096 + 5 * 4096 + 1234, 1 << 20);
+    all.extend(pieces(1, 40 * 4096 + 77, (8 << 20) + 0x200));
+    all
+}
+
+#[test]
+fn short_and_interrupted_writes_lose_nothing() {
+    type Script = fn(usize, usize) -> Answer;
+    let scripts: [(&str, Script); 6] = [
+        ("whole writes", |_, len| Answer::Take(len)),
+        ("half of each", |_, len| Answer::Take(len.div_ceil(2))),
+        ("odd counts", |_, len| Answer::Take(len.min(5000))),
+        ("less than a unit", |_, len| Answer::Take(len.min(100 << (len % 3)))),
+        ("every other interrupted", |call, len| {
+            if call % 2 == 0 { Answer::Refuse(libc::EINTR) } else { Answer::Take(len) }
+        }),
+        ("interrupted and short", |call, len| {
+            if call % 3 == 0 { Answer::Refuse(libc::EINTR) } else { Answer::Take(len.min(70_001)) }
+        }),
+    ];
+    let pieces = two_regions();
+    let whole = expected(&pieces);
+    for (name, script) in scripts {
+        for has_direct in [false, true] {
+            let bytes = Arc::default();
+            let direct = has_direct.then(|| scripted(&bytes, true, script));
+            let run = Run::new(LaneTarget { direct, buffered: scripted(&bytes, false, script) });
+            let (dealt, ended, counters) = run.go(&pieces);
+            ended.unwrap_or_else(|error| panic!("{name}, direct {has_direct}: {error}"));
+            assert_eq!(dealt, pieces.len());
+            assert!(*bytes.lock().expect("file") == whole, "{name}, direct {has_direct}: bytes differ");
+            let data = whole.iter().filter(|byte| **byte != 0).count() as u64;
+            assert_eq!(counters.bytes_written, data, "{name}, direct {has_direct}");
+            assert_eq!(counters.pieces, pieces.len() as u64);
+            let marked: u64 = pieces.iter().map(|piece| piece.bytes_in(&piece.mask)).sum();
+            assert_eq!(counters.bytes_zero, marked - data, "{name}, direct {has_direct}");
+        }
+    }
+}
+
+#[test]
+fn aligned_runs_are_direct_and_the_rest_is_buffered() {
+    let bytes = Arc::default();
+    let (direct_lens, buffered_lens) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
+    let log = |lens: &Arc<Mutex<Vec<usize>>>| {
+        let lens = lens.clone();
+        move |_, len| {
+            lens.lock().expect("log").push(len);
+            Answer::Take(len)
+        }
+    };
+    let mut run = Run::new(LaneTarget {
+        direct: Some(scripted(&bytes, true, log(&direct_lens))),
+        buffered: scripted(&bytes, false, log(&buffered_lens)),
+    });
+    run.lanes = 1;
+    let piece =
+        |target, len| Piece { region: 0, offset: 0, target, grain: GRAIN, len, mask: [0b11, 0, 0, 0] };
+    let pieces = [piece(0, 8192), piece(0x10000, 4096 + 77), piece(0x20200, 8192), piece(0x30000, 0)];
+    let pieces = pieces.map(|p| Piece { mask: [(1 << p.grains()) - 1, 0, 0, 0], ..p });
+    let (_, ended, counters) = run.go(&pieces);
+    ended.expect("nothing fails");
+    assert_eq!(*direct_lens.lock().expect("log"), [8192, 4096]);
+    // A piece whose memory and file offsets do not meet is buffered whole; one of no bytes writes nothing.
+    assert_eq!(*buffered_lens.lock().expect("log"), [77, 8192]);
+    assert_eq!(counters.write_calls, 4);
+    assert_eq!(counters.pieces, 4);
+}
+
+#[test]
+fn an_error_at_any_write_is_reported_with_its_place() {
+    let pieces = two_regions();
+    for errno in [libc::ENOSPC, libc::EIO, libc::EDQUOT] {
+        for k in [0, 1, 2, 7, 20] {
+            let bytes = Arc::default();
+            let script = move |call, len| if call == k { Answer::Refuse(errno) } else { Answer::Take(len) };
+            let mut run = Run::new(LaneTarget { direct: None, buffered: scripted(&bytes, false, script) });
+            run.lanes = 1;
+            let (_, ended, _) = run.go(&pieces);
+            let error = ended.expect_err("the file refused");
+            let LaneError::Write { region, offset, len, source } = &error else { panic!("{error:?}") };
+            assert_eq!(source.raw_os_error(), Some(errno), "write {k}");
+            let text = format!("write of {len:#x} bytes at file offset {offset:#x} (region {region})");
+            assert_eq!(error.to_string(), text);
+            // One lane writes in order, so everything before the place is there and nothing after it.
+            let whole = expected(&pieces[..pieces.len() - 1]);
+            let written = bytes.lock().expect("file");
+            assert!(written.len() as u64 <= *offset, "write {k}: the file has bytes after the failure");
+            assert!(*written == whole[..written.len()], "write {k}: the file differs before the failure");
+        }
+    }
+}
+
+#[test]
+fn a_refused_direct_write_is_told_apart() {
+    let bytes = Arc::default();
+    let misaligned = |_, _| Answer::Refuse(libc::EINVAL);
+    let take = |_, len| Answer::Take(len);
+    let run = Run::new(LaneTarget {
+        direct: Some(scripted(&bytes, true, misaligned)),
+        buffered: scripted(&bytes, false, take),
+    });
+    let (_, ended, _) = run.go(&pieces(3, 4096, 0x2000));
+    let error = ended.expect_err("the file refused");
+    assert!(
+        matches!(error, LaneError::DirectRefused { region: 3, offset: 0x2000, len: 4096, .. }),
+        "{error:?}"
+    );
+    let text = "direct write of 0x1000 bytes at file offset 0x2000 (region 3) refused as misaligned";
+    assert_eq!(error.to_string(), text);
+}
+
+#[test]
+fn a_write_that_takes_nothing_is_an_error_and_no_loop() {
+    let bytes = Arc::default();
+    let run =
+        Run::new(LaneTarget { direct: None, buffered: scripted(&bytes, false, |_, _| Answer::Take(0)) });
+    let (_, ended, _) = run.go(&pieces(0, 4096, 0));
+    let error = ended.expect_err("nothing was written");
+    let LaneError::Write { source, .. } = &error else { panic!("{error:?}") };
+    assert_eq!(source.kind(), io::ErrorKind::WriteZero);
+}
+
+#[test]
+fn a_failed_lane_stops_the_dealing() {
+    let bytes = Arc::default();
+    let full = |_, _| Answer::Refuse(libc::ENOSPC);
+    let run = Run::new(LaneTarget { direct: None, buffered: scripted(&bytes, false, full) });
+    // Far more than the queue holds: without the early return this would block for ever.
+    let many = vec![pieces(0, 4096, 0)[0]; 10_000];
+    let (dealt, ended, _) = run.go(&many);
+    assert!(dealt < many.len(), "all {dealt} pieces were taken by lanes that had failed");
+    assert!(matches!(ended, Err(LaneError::Write { offset: 0, .. })), "{ended:?}");
+}
+
+#[test]
+fn the_first_error_wins_in_deal_and_in_finish() {
+    let supply = Answering(|_: &Piece, _| Err(io::Error::other("guest memory is gone")));
+    let bytes = Arc::default();
+    let target = LaneTarget { direct: None, buffered: scripted(&bytes, false, |_, len| Answer::Take(len)) };
+    let cancel = Cancel::new().expect("eventfd");
+    let settings = LaneSettings { lanes: 1, align: ALIGN };
+    let lanes = WriteLanes::start(target, Arc::new(supply), settings, Arc::default(), cancel.clone())
+        .expect("a thread");
+    let piece = Piece { region: 9, offset: 0x5000, ..pieces(0, 4096, 0)[0] };
+    let dealt = std::iter::repeat_with(|| lanes.deal(piece)).find_map(Result::err).expect("a failure");
+    assert_eq!(dealt.to_string(), "memory of region 9 at 0x5000");
+    cancel.cancel();
+    let ended = lanes.finish().expect_err("the same failure");
+    assert_eq!(ended.to_string(), dealt.to_string());
+    let source = std::error::Error::source(&ended).expect("what the supply said");
+    assert_eq!(source.to_string(), "guest memory is gone");
+}
+
+#[test]
+fn cancelling_at_any_write_ends_everything() {
+    let pieces = two_regions();
+    for has_direct in [false, true] {
+        for k in 0..12 {
+            let bytes = Arc::default();
+            let cancel = Cancel::new().expect("eventfd");
+            let script = |cancel: &Cancel| {
+                let cancel = cancel.clone();
+                move |call, len| {
+                    if call == k {
+                        cancel.cancel();
+                    }
+                    // Interrupted for ever after: only the switch ends it.
+                    if call >= k { Answer::Refuse(libc::EINTR) } else { Answer::Take(len) }
+                }
+            };
+            let direct = has_direct.then(|| scripted(&bytes, true, script(&cancel)));
+            let buffered = scripted(&bytes, false, script(&cancel));
+            let mut run = Run::new(LaneTarget { direct, buffered });
+            run.cancel = cancel.clone();
+            let (_, ended, _) = run.go(&pieces);
+            assert!(matches!(ended, Err(LaneError::Cancelled)), "write {k}: {ended:?}");
+        }
+    }
+}
+
+#[test]
+fn lanes_cancelled_before_the_first_piece_write_nothing() {
+    let bytes = Arc::default();
+    let run =
+        Run::new(LaneTarget { direct: None, buffered: scripted(&bytes, false, |_, n| Answer::Take(n)) });
+    run.cancel.cancel();
+    let (dealt, ended, counters) = run.go(&two_regions());
+    assert_eq!(dealt, 0);
+    assert!(matches!(ended, Err(LaneError::Cancelled)), "{ended:?}");
+    assert_eq!(counters, CountersReading::default());
+}
+
+#[test]
+fn panics_in_a_lane_become_errors() {
+    let beyond = |_: &Piece, base: *mut u8| Ok(Supplied { base: base.cast_const(), write: [0b10, 0, 0, 0] });
+    let panicking = |piece: &Piece, _: *mut u8| -> io::Result<Supplied> { panic!("at {:#x}", piece.offset) };
+    let supplies: [(Arc<dyn Supply>, &str); 2] = [
+        (Arc::new(Answering(panicking)), "lane 0 panicked: at 0x0"),
+        (Arc::new(Answering(beyond)), "lane 0 panicked: the supply names grains beyond the piece at 0x0"),
+    ];
+    for (supply, text) in supplies {
+        let bytes = Arc::default();
+        let buffered = scripted(&bytes, false, |_, len| Answer::Take(len));
+        let mut run = Run::new(LaneTarget { direct: None, buffered });
+        (run.supply, run.lanes) = (supply, 1);
+        let (_, ended, _) = run.go(&pieces(0, 4096, 0));
+        assert_eq!(ended.expect_err("a panic").to_string(), text);
+        assert!(bytes.lock().expect("file").is_empty());
+    }
+}
+
+#[test]
+fn dropped_lanes_end_their_threads() {
+    let supply: Arc<dyn Supply> = Arc::new(Pattern);
+    let bytes = Arc::default();
+    let target = LaneTarget { direct: None, buffered: scripted(&bytes, false, |_, len| Answer::Take(len)) };
+    let settings = LaneSettings { lanes: 3, align: ALIGN };
+    let cancel = Cancel::new().expect("eventfd");
+    let lanes = WriteLanes::start(target, supply.clone(), settings, Arc::default(), cancel).expect("threads");
+    for piece in two_regions() {
+        lanes.deal(piece).expect("room");
+    }
+    drop(lanes);
+    assert_eq!(Arc::strong_count(&supply), 1, "a lane still holds the supply");
+    assert_eq!(Arc::strong_count(&bytes), 1, "a lane still holds the file");
+}
+
+#[test]
+fn settings_out_of_bounds_are_programmer_errors() {
+    for (lanes, align) in [(0, ALIGN), (257, ALIGN), (1, 0), (1, 512), (1, 4097)] {
+        let started = catch_unwind(|| {
+            let bytes = Arc::default();
+            let target =
+                LaneTarget { direct: None, buffered: scripted(&bytes, false, |_, n| Answer::Take(n)) };
+            let settings = LaneSettings { lanes, align };
+            let cancel = Cancel::new().expect("eventfd");
+            WriteLanes::start(target, Arc::new(Pattern), settings, Arc::default(), cancel).map(drop)
+        });
+        assert!(started.is_err(), "{lanes} lanes aligned to {align} were started");
+    }
+}
+
+#[test]
+fn a_real_file_gets_the_same_bytes_with_and_without_direct_io() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let pieces = two_regions();
+    let whole = expected(&pieces);
+    for direct in [vmstate_io::DirectChoice::Off, vmstate_io::DirectChoice::Auto] {
+        let path = directory.path().join(format!("{direct:?}.img"));
+        let draft =
+            Draft::create(&path, DraftOptions { direct, ..DraftOptions::default() }).expect("a draft");
+        draft.set_len(whole.len() as u64).expect("a length");
+        if direct == vmstate_io::DirectChoice::Auto && draft.direct().is_none() {
+            println!("direct I/O not tested here: {:?}", draft.direct_io());
+        }
+        let (_, ended, _) = Run::new(draft.lane_target().expect("two descriptors")).go(&pieces);
+        ended.expect("nothing fails");
+        draft.publish().expect("a free name");
+        assert!(std::fs::read(&path).expect("the file") == whole, "{direct:?}: bytes differ");
+    }
+}
+
+#[test]
+fn a_full_device_is_enospc_with_its_place() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+    assert!(full.as_raw_fd() >= 0);
+    let (_, ended, _) = Run::new(LaneTarget::files(None, full)).go(&pieces(0, 4096, 0));
+    let error = ended.expect_err("the device is full");
+    let LaneError::Write { source, .. } = &error else { panic!("{error:?}") };
+    assert_eq!(source.kind(), io::ErrorKind::StorageFull);
+}
