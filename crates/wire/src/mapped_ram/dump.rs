@@ -2,7 +2,6 @@
 
 use crate::dump::Dump;
 use crate::qemu;
-use crate::qemu::format::FILE_HEADER_LEN;
 
 use super::format::{BITMAP_OFFSET_AT, PAGE_SIZE_AT, PAGES_OFFSET_AT, VERSION_AT};
 use super::layout::Layout;
@@ -10,18 +9,24 @@ use super::layout::Layout;
 /// The fields of a layout.
 pub fn layout(layout: &Layout) -> Dump {
     let mut dump = qemu::dump::preamble(&layout.preamble, layout.stream_start);
-    let at = layout.stream_start + FILE_HEADER_LEN as u64;
-    let start = layout.blocks.first().map_or(at, |block| block.header_at);
-    dump.line(start, "ram.section_id", layout.ram.section_id);
-    dump.line(start, "ram.version_id", layout.ram.version_id);
-    dump.line(start, "ram.total", format_args!("{:#x}", layout.total));
+    // What stands between the magic and RAM's START is the preamble, which has one encoding only.
+    let mut encoded = Vec::new();
+    layout.preamble.encode(&mut encoded);
+    let at = layout.stream_start + encoded.len() as u64;
+    dump.line(at, "ram.section_id", layout.ram.section_id);
+    layout.ram.encode(&mut encoded);
+    let at = layout.stream_start + encoded.len() as u64;
+    dump.line(at, "ram.total", format_args!("{:#x}", layout.total));
     for block in &layout.blocks {
         let name = &block.name;
         let at = block.header_at;
+        // The entry ends where the header begins: used length, then the address if there is one.
+        let address_at = at.saturating_sub(8);
+        let length_at = if block.address.is_some() { at.saturating_sub(16) } else { address_at };
+        dump.line(length_at, format!("{name}.used_length"), format_args!("{:#x}", block.used_length));
         if let Some(address) = block.address {
-            dump.line(at - 8, format!("{name}.address"), format_args!("{address:#x}"));
+            dump.line(address_at, format!("{name}.address"), format_args!("{address:#x}"));
         }
-        dump.line(at, format!("{name}.used_length"), format_args!("{:#x}", block.used_length));
         dump.line(at + VERSION_AT as u64, format!("{name}.version"), 1);
         let page_size = block.page_size.bytes();
         dump.line(at + PAGE_SIZE_AT as u64, format!("{name}.page_size"), format_args!("{page_size:#x}"));

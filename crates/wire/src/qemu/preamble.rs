@@ -99,7 +99,7 @@ mod tests {
                 .iter()
                 .fold(Configuration::new(name("pc")), |c, capability| c.with_capability(name(capability)));
             assert_eq!(configuration.capabilities, expected, "{added:?}");
-            assert_eq!(configuration.without_capability("mapped-ram").is_mapped_ram(), false);
+            assert!(!configuration.without_capability("mapped-ram").is_mapped_ram());
         }
     }
 }

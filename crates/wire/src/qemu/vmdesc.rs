@@ -17,7 +17,7 @@ use super::{Configuration, DeviceSection};
 /// A whole description.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct VmDescription {
-    /// The fields of the configuration section; absent before QEMU 2.12 or so.
+    /// The fields of the configuration section; 7.2 does not describe them, 10.0 does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub configuration: Option<Description>,
     /// The target's page size in bytes.
@@ -235,7 +235,8 @@ fn describe_configuration(configuration: &Configuration) -> Description {
         whole.subsections.push(part(CAPABILITIES, fields));
     }
     if configuration.uuid.is_some() {
-        whole.subsections.push(part(UUID, vec![Field::plain("uuid.data", "uint8", 16)]));
+        let data = Field { array_len: Some(16), ..Field::plain("uuid.data", "uint8", 1) };
+        whole.subsections.push(part(UUID, vec![data]));
     }
     whole
 }
