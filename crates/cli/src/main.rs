@@ -1,3 +1,21 @@
-//! The binary `vmstate`.
+//! The binary `vmstate`: arguments → settings → one file per command. The only place that prints.
 
-fn main() {}
+mod args;
+mod commands;
+mod output;
+mod signals;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let args = args::Args::parse();
+    let json = args.wants_json();
+    match commands::run(args) {
+        Ok(commands::Outcome::Done) => ExitCode::SUCCESS,
+        Ok(commands::Outcome::No) => ExitCode::from(output::EXIT_NO),
+        Ok(commands::Outcome::Exit(code)) => ExitCode::from(code),
+        Err(error) => output::fail(&error, json),
+    }
+}

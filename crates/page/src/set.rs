@@ -72,7 +72,7 @@ impl PageSet {
         let mut at = range.start.0;
         while at < range.end.0 {
             let upto = range.end.0.min((at / 64 + 1) * 64);
-            let upper = if upto % 64 == 0 { u64::MAX } else { (1 << (upto % 64)) - 1 };
+            let upper = if upto.is_multiple_of(64) { u64::MAX } else { (1 << (upto % 64)) - 1 };
             apply(&mut self.words[(at / 64) as usize], upper & (u64::MAX << (at % 64)));
             at = upto;
         }

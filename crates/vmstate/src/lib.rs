@@ -1,1 +1,30 @@
 //! Saves, restores and inspects the state of virtual machines in QEMU's formats.
+//!
+//! The jobs are functions: [`save()`], [`restore()`], [`info()`], [`check()`]. Each takes settings, a
+//! [`Cancel`] and an [`Observer`], and returns a report; none prints. What they are composed of is public as
+//! well: a [`qmp`] client, sessions with a running [`qemu`], images as [`source`] and [`sink`].
+//!
+//! ```no_run
+//! use vmstate::{Cancel, SaveSettings, Unobserved, net::QmpAddress};
+//!
+//! let settings = SaveSettings::new(QmpAddress::Unix("/run/vm.qmp".into()), "vm.img");
+//! let report = vmstate::save(&settings, &Cancel::new()?, &Unobserved)?;
+//! println!("{} bytes via {}", report.data_bytes, report.via.name());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod error;
+pub mod job;
+pub mod manifest;
+pub mod net;
+pub mod qemu;
+pub mod qmp;
+pub mod sink;
+pub mod source;
+
+pub use error::{Error, Kind, Result};
+pub use io::Cancel;
+pub use job::{
+    DirectIo, Observer, Phases, Record, RestoreReport, RestoreSettings, SaveReport, SaveSettings, Target,
+    Then, Unobserved, Via, check, info, restore, save,
+};

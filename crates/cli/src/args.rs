@@ -1,0 +1,294 @@
+//! The command line's grammar. Help, man page and completions all come from here.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use vmstate::net::QmpAddress;
+
+/// Saves, restores and inspects the state of virtual machines, in the formats that QEMU reads and writes.
+#[derive(Debug, Parser)]
+#[command(name = "vmstate", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(
+    after_help = "Exit codes: 0 done, 1 the answer is no (damaged), 2 could not do it, 130 interrupted.\n\
+                  Data goes to stdout, everything else to stderr."
+)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Save a running guest into an image that stock QEMU loads
+    Save(Save),
+    /// Bring a guest back from an image
+    Restore(Restore),
+    /// Show what an image holds
+    Info(Inspect),
+    /// Look for every structural fault of an image; exit 1 when there is one
+    Check(Inspect),
+    /// Boot the built-in guest, save it, restore it, and compare with QEMU's own best way
+    Demo(Demo),
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Save {
+    /// The guest's QMP monitor: a unix socket's path, or tcp:HOST:PORT
+    #[arg(long, value_name = "ADDR", env = "VMSTATE_QMP")]
+    pub qmp: QmpAddress,
+
+    /// The image to write
+    pub image: PathBuf,
+
+    /// Who carries the RAM: vmstate from outside, or QEMU's own mapped-ram into our descriptors
+    #[arg(long, value_enum, default_value_t = ViaArg::Auto)]
+    pub via: ViaArg,
+
+    /// The image's format
+    #[arg(long, value_enum, default_value_t = FormatArg::MappedRam)]
+    pub format: FormatArg,
+
+    /// How many channels write in parallel (1 to 255) [default: one per processor, 2 to 8]
+    #[arg(long, value_name = "N", aliases = ["parallel-channels", "parallel-connections"],
+          value_parser = clap::value_parser!(u16).range(1..=255))]
+    pub channels: Option<u16>,
+
+    /// As many channels as serve (this is the default)
+    #[arg(long, conflicts_with = "channels")]
+    pub parallel: bool,
+
+    #[command(flatten)]
+    pub direct_io: DirectIoArgs,
+
+    /// What becomes of the guest after a save that succeeded
+    #[arg(long, value_enum, default_value_t = ThenArg::Pause)]
+    pub then: ThenArg,
+
+    #[command(flatten)]
+    pub record: RecordArgs,
+
+    /// Replace IMAGE if it exists; the old one stays whole until the new one is
+    #[arg(long)]
+    pub overwrite: bool,
+
+    /// Do not wait until the image is on the disk
+    #[arg(long)]
+    pub no_sync: bool,
+
+    /// The permission bits of the image
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = octal)]
+    pub mode: u32,
+
+    /// QEMU's process, where vmstate should not look for it itself (containers)
+    #[arg(long, value_name = "PID")]
+    pub pid: Option<u32>,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Restore {
+    /// The image to read
+    pub image: PathBuf,
+
+    /// How the guest comes back: everything first (eager) is what there is; auto takes it
+    #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
+    pub mode: ModeArg,
+
+    /// A QEMU that waits with -incoming defer: its QMP monitor
+    #[arg(long, value_name = "ADDR", env = "VMSTATE_QMP")]
+    pub qmp: Option<QmpAddress>,
+
+    /// How many channels read in parallel (1 to 255) [default: one per processor, 2 to 8]
+    #[arg(long, value_name = "N", aliases = ["parallel-channels", "parallel-connections"],
+          value_parser = clap::value_parser!(u16).range(1..=255))]
+    pub channels: Option<u16>,
+
+    #[command(flatten)]
+    pub direct_io: DirectIoArgs,
+
+    #[command(flatten)]
+    pub record: RecordArgs,
+
+    /// Where the messages of the QEMU that is started go [default: kept, and shown if the restore fails]
+    #[arg(long, value_name = "FILE")]
+    pub qemu_log: Option<PathBuf>,
+
+    /// Let the QEMU that is started keep the terminal and its signals, and wait for it
+    #[arg(long)]
+    pub foreground: bool,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
+
+    /// The QEMU to start and its arguments; vmstate adds -S, -incoming and a monitor of its own
+    #[arg(last = true, value_name = "QEMU ARGS")]
+    pub qemu: Vec<OsString>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Inspect {
+    /// The image to read: mapped-ram or stream, by vmstate or by QEMU
+    pub image: PathBuf,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Demo {
+    /// The guest's memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(64..=65536))]
+    pub memory: u64,
+
+    /// Where the images go [default: a temporary directory]
+    #[arg(long, value_name = "DIR")]
+    pub directory: Option<PathBuf>,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct DirectIoArgs {
+    /// Whether pages bypass the page cache; auto asks the file and tries it
+    #[arg(long, value_enum, default_value_t = DirectIoArg::Auto)]
+    pub direct_io: DirectIoArg,
+
+    /// The same as --direct-io on
+    #[arg(long, conflicts_with = "direct_io")]
+    pub bypass_cache: bool,
+}
+
+impl DirectIoArgs {
+    pub fn choice(&self) -> vmstate::DirectIo {
+        match (self.bypass_cache, self.direct_io) {
+            (true, _) | (false, DirectIoArg::On) => vmstate::DirectIo::On,
+            (false, DirectIoArg::Auto) => vmstate::DirectIo::Auto,
+            (false, DirectIoArg::Off) => vmstate::DirectIo::Off,
+        }
+    }
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct RecordArgs {
+    /// The guest shall run after a restore [default: as it was before the save]
+    #[arg(long, conflicts_with = "paused")]
+    pub running: bool,
+
+    /// The guest shall be paused after a restore
+    #[arg(long)]
+    pub paused: bool,
+}
+
+impl RecordArgs {
+    pub fn choice(&self) -> vmstate::Record {
+        match (self.running, self.paused) {
+            (true, _) => vmstate::Record::Running,
+            (false, true) => vmstate::Record::Paused,
+            (false, false) => vmstate::Record::AsItWas,
+        }
+    }
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct ReportArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+
+    /// Say what is being done, why, and how long each phase took
+    #[arg(long, short)]
+    pub verbose: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ViaArg {
+    Auto,
+    Direct,
+    Qemu,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FormatArg {
+    MappedRam,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ModeArg {
+    Auto,
+    Eager,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DirectIoArg {
+    Auto,
+    On,
+    Off,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ThenArg {
+    Pause,
+    Resume,
+    Quit,
+}
+
+impl Args {
+    /// Whether errors, too, are to be JSON.
+    pub fn wants_json(&self) -> bool {
+        match &self.command {
+            Command::Save(args) => args.report.json,
+            Command::Restore(args) => args.report.json,
+            Command::Info(args) | Command::Check(args) => args.json,
+            Command::Demo(args) => args.json,
+            Command::Completions { .. } | Command::Man => false,
+        }
+    }
+}
+
+fn octal(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err("three octal digits are wanted, for example 640".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_grammar_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn aliases_of_libvirt_are_taken() {
+        let args = Args::parse_from([
+            "vmstate",
+            "save",
+            "--qmp",
+            "q",
+            "--parallel-channels",
+            "4",
+            "--bypass-cache",
+            "i",
+        ]);
+        let Command::Save(save) = args.command else { panic!("not a save") };
+        assert_eq!(save.channels, Some(4));
+        assert_eq!(save.direct_io.choice(), vmstate::DirectIo::On);
+    }
+}

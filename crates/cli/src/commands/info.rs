@@ -1,0 +1,108 @@
+//! `vmstate info`.
+
+use vmstate::job::ImageInfo;
+
+use super::Outcome;
+use crate::args::Inspect;
+use crate::output::{line, print_json, size, utc};
+
+/// Shows what an image holds.
+pub fn run(args: &Inspect) -> vmstate::Result<Outcome> {
+    let info = vmstate::info(&args.image)?;
+    if args.json {
+        let value = serde_json::to_value(&info)
+            .map_err(|error| vmstate::Error::new(vmstate::Kind::Io, "no JSON").because(error))?;
+        print_json(&value);
+    } else {
+        page(&args.image.display().to_string(), &info);
+    }
+    Ok(Outcome::Done)
+}
+
+fn page(path: &str, info: &ImageInfo) {
+    line(path);
+    line(format!("  format      {}{}", info.format, capabilities(info)));
+    line(format!("  machine     {}", info.machine.as_deref().unwrap_or("not recorded")));
+    line(format!(
+        "  run state   {}",
+        info.run_state.as_deref().unwrap_or("not recorded: comes back running")
+    ));
+    match &info.saved {
+        Some(saved) => line(format!(
+            "  saved       {} by vmstate {} via {}, from QEMU {}{}",
+            utc(saved.saved_unix_s),
+            saved.vmstate_version,
+            saved.via,
+            saved.qemu_version,
+            if saved.qemu_package.is_empty() { String::new() } else { format!(" ({})", saved.qemu_package) },
+        )),
+        None => line("  saved       by QEMU itself"),
+    }
+    line(format!("  file        {}, {} on disk", size(info.file_bytes), size(info.disk_bytes)));
+    line(format!(
+        "  memory      {}: {} data, {} zero, {} hole, pages of {}",
+        size(info.ram_bytes),
+        size(info.data_bytes - zero_within(info)),
+        size(info.zero_bytes),
+        size(info.hole_bytes),
+        size(info.page_size),
+    ));
+    line(format!(
+        "  devices     {} sections, {}{}",
+        info.devices.len(),
+        size(info.device_bytes),
+        if info.described { ", described field by field" } else { "" }
+    ));
+    line("");
+    blocks(info);
+    line("");
+    devices(info);
+}
+
+/// In a mapped-ram image zero pages are part of the data, in a stream they are records of their own.
+fn zero_within(info: &ImageInfo) -> u64 {
+    if info.format == "stream" { 0 } else { info.zero_bytes }
+}
+
+fn capabilities(info: &ImageInfo) -> String {
+    let others: Vec<_> = info.capabilities.iter().filter(|name| *name != info.format).cloned().collect();
+    if others.is_empty() { String::new() } else { format!(", with {}", others.join(", ")) }
+}
+
+fn blocks(info: &ImageInfo) {
+    let width = info.blocks.iter().map(|block| block.name.chars().count()).max().unwrap_or(0).max(9);
+    line(format!("  {:<width$} {:>10} {:>10} {:>10} {:>10}", "RAM block", "size", "data", "zero", "hole"));
+    for block in &info.blocks {
+        let zero = if info.format == "stream" { 0 } else { block.zero_bytes };
+        let stale = match block.stale_bytes {
+            0 => String::new(),
+            bytes => format!("  ({} stale)", size(bytes)),
+        };
+        line(format!(
+            "  {:<width$} {:>10} {:>10} {:>10} {:>10}{stale}",
+            block.name,
+            size(block.ram_bytes),
+            size(block.data_bytes - zero),
+            size(block.zero_bytes),
+            size(block.hole_bytes),
+        ));
+    }
+}
+
+fn devices(info: &ImageInfo) {
+    let width = info.devices.iter().map(|device| device.name.chars().count()).max().unwrap_or(0).max(14);
+    line(format!(
+        "  {:<width$} {:>8} {:>7} {:>12} {:>14}",
+        "device section", "instance", "version", "bytes", "offset"
+    ));
+    for device in &info.devices {
+        line(format!(
+            "  {:<width$} {:>8} {:>7} {:>12} {:>14}",
+            device.name,
+            device.instance_id,
+            device.version,
+            device.bytes,
+            format!("{:#x}", device.offset),
+        ));
+    }
+}

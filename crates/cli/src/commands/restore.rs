@@ -1,0 +1,93 @@
+//! `vmstate restore`.
+
+use serde_json::{Map, json};
+use vmstate::{Error, Kind, RestoreReport, RestoreSettings, Target};
+
+use super::Outcome;
+use crate::args::{ModeArg, Restore};
+use crate::output::{Reporter, line, ms, print_json, say, size, time};
+use crate::signals::cancel_on_signals;
+
+/// Restores a guest.
+pub fn run(args: Restore) -> vmstate::Result<Outcome> {
+    let target = match (args.qmp, args.qemu.is_empty()) {
+        (Some(address), true) => Target::Waiting(address),
+        (None, false) => {
+            Target::Launch { command: args.qemu, log: args.qemu_log, foreground: args.foreground }
+        }
+        // With VMSTATE_QMP in the environment both may be there; the command line is the plainer wish.
+        (Some(_), false) if std::env::var_os("VMSTATE_QMP").is_some() => {
+            Target::Launch { command: args.qemu, log: args.qemu_log, foreground: args.foreground }
+        }
+        (Some(_), false) => {
+            return Err(Error::new(Kind::Misuse, "both --qmp and a QEMU to start")
+                .hint("give the monitor of a QEMU that waits, or the command line of one to start"));
+        }
+        (None, true) => {
+            return Err(Error::new(Kind::Misuse, "no QEMU to restore into").hint(
+                "give --qmp of one that waits with -incoming defer, or -- qemu-system-x86_64 ... to start one",
+            ));
+        }
+    };
+    let (ModeArg::Auto | ModeArg::Eager) = args.mode;
+    let settings = RestoreSettings {
+        image: args.image,
+        target,
+        channels: args.channels,
+        direct_io: args.direct_io.choice(),
+        record: args.record.choice(),
+    };
+    let cancel = cancel_on_signals()?;
+    let mut report = vmstate::restore(&settings, &cancel, &Reporter { verbose: args.report.verbose })?;
+    if args.report.verbose {
+        for (name, took) in &report.phases.0 {
+            say(format!("  {name:<13} {:>9}", time(*took)));
+        }
+    }
+    if args.report.json {
+        print_json(&as_json(&report));
+    } else {
+        let pid = report.qemu_pid.map_or_else(String::new, |pid| format!(" in process {pid}"));
+        line(format!(
+            "restored {}: {}{pid} after {}, {} of data",
+            settings.image.display(),
+            report.run_state,
+            time(report.first_instruction),
+            size(report.read_bytes),
+        ));
+        match &report.qmp {
+            Some(address) => line(format!("its monitor is at {address}")),
+            None if report.foreground.is_none() => {
+                say("note: no -qmp among QEMU's arguments, so this guest cannot be saved again");
+            }
+            None => {}
+        }
+    }
+    match report.foreground.take() {
+        Some(mut child) => {
+            let status = child.wait().map_err(|error| Error::io("cannot wait for QEMU", error))?;
+            Ok(Outcome::Exit(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(2)))
+        }
+        None => Ok(Outcome::Done),
+    }
+}
+
+fn as_json(report: &RestoreReport) -> serde_json::Value {
+    let phases: Map<_, _> =
+        report.phases.0.iter().map(|(name, took)| ((*name).replace(' ', "_") + "_ms", ms(*took))).collect();
+    json!({
+        "mode": "eager",
+        "via": "qemu",
+        "qemu_pid": report.qemu_pid,
+        "qmp": report.qmp,
+        "direct_io": report.direct_io,
+        "channels": report.channels,
+        "run_state": report.run_state,
+        "first_instruction_ms": ms(report.first_instruction),
+        "first_instruction_from_ready_ms": ms(report.first_instruction_from_ready),
+        "guest_ready_ms": null,
+        "resident_ms": ms(report.resident),
+        "read_bytes": report.read_bytes,
+        "phases": phases,
+    })
+}

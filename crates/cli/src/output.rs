@@ -1,0 +1,152 @@
+//! How things are said: errors with their hints, sizes and times as people read them.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use vmstate::{Error, Kind, Observer};
+
+/// The answer is no: damaged, different.
+pub const EXIT_NO: u8 = 1;
+/// It could not be done.
+const EXIT_FAILED: u8 = 2;
+/// A signal ended it; nothing was published.
+const EXIT_INTERRUPTED: u8 = 130;
+
+/// Says what went wrong and turns it into an exit code: the one place that does.
+pub fn fail(error: &Error, as_json: bool) -> ExitCode {
+    if as_json {
+        print_json(&json!({
+            "error": error.chain(),
+            "kind": error.kind().name(),
+            "hint": error.hint_text(),
+        }));
+    }
+    eprintln!("error: {}", error.chain());
+    if let Some(hint) = error.hint_text() {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::from(if error.kind() == Kind::Interrupted { EXIT_INTERRUPTED } else { EXIT_FAILED })
+}
+
+/// Prints a line of data.
+pub fn line(text: impl AsRef<str>) {
+    use std::io::Write;
+    // A reader that has gone (a closed pipe) has read all it wanted.
+    let _ = writeln!(std::io::stdout(), "{}", text.as_ref());
+}
+
+/// Prints one JSON object.
+pub fn print_json(value: &Value) {
+    line(format!("{value:#}"));
+}
+
+/// Says something on stderr.
+pub fn say(text: impl AsRef<str>) {
+    eprintln!("{}", text.as_ref());
+}
+
+/// Tells what is going on as far as the user wants to know.
+pub struct Reporter {
+    /// Whether phases are told too, not only what the user must know.
+    pub verbose: bool,
+}
+
+impl Observer for Reporter {
+    fn phase(&self, name: &'static str) {
+        if self.verbose {
+            say(format!("· {name}"));
+        }
+    }
+
+    fn note(&self, text: &str) {
+        if self.verbose {
+            say(format!("  {text}"));
+        }
+    }
+
+    fn warn(&self, text: &str) {
+        say(format!("warning: {text}"));
+    }
+}
+
+/// A length as people read it: `1.5 GiB`.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 || value.fract() == 0.0 {
+        format!("{value:.0} {}", UNITS[unit])
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
+}
+
+/// A time as people read it.
+pub fn time(duration: Duration) -> String {
+    let ms = duration.as_secs_f64() * 1000.0;
+    match ms {
+        ms if ms < 10.0 => format!("{ms:.1} ms"),
+        ms if ms < 1000.0 => format!("{ms:.0} ms"),
+        ms => format!("{:.2} s", ms / 1000.0),
+    }
+}
+
+/// A number of milliseconds for JSON, to the microsecond.
+pub fn ms(duration: Duration) -> Value {
+    json!((duration.as_secs_f64() * 1_000_000.0).round() / 1000.0)
+}
+
+/// A moment, given in seconds since 1970-01-01 UTC, as a date and a time of day.
+pub fn utc(unix_s: u64) -> String {
+    let (days, second) = (unix_s / 86_400, unix_s % 86_400);
+    // Years are counted from March, so that the day that leap years add is the last of its year; an era
+    // has 400 years. Day 0 of the count is 0000-03-01, which lies 719,468 days before 1970-01-01.
+    let day = days + 719_468;
+    let (era, day_of_era) = (day / 146_097, day % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day_of_month = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day_of_month:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_read_as_dates() {
+        // The expected texts are those of date(1).
+        for (unix_s, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_399, "2000-02-28 23:59:59 UTC"),
+            (951_868_800, "2000-03-01 00:00:00 UTC"),
+            (1_795_175_840, "2026-11-20 11:57:20 UTC"),
+            (4_107_542_399, "2100-02-28 23:59:59 UTC"),
+            (4_107_542_400, "2100-03-01 00:00:00 UTC"),
+        ] {
+            assert_eq!(utc(unix_s), text);
+        }
+    }
+
+    #[test]
+    fn sizes_and_times_read_well() {
+        for (bytes, text) in
+            [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (5 << 30, "5 GiB")]
+        {
+            assert_eq!(size(bytes), text);
+        }
+        for (us, text) in [(1500, "1.5 ms"), (15_400, "15 ms"), (2_500_000, "2.50 s")] {
+            assert_eq!(time(Duration::from_micros(us)), text);
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! The one error type of the library: what happened, whose fault it is, and what mends it.
+
+use std::error::Error as StdError;
+use std::fmt;
+
+/// Whose fault a failure is; a caller may match on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kind {
+    /// The image's bytes contradict themselves or its format.
+    Damaged,
+    /// The image or the guest has something that this version does not handle.
+    Unsupported,
+    /// QEMU, or whoever is at the other end, refused or broke the protocol.
+    Peer,
+    /// Image and target do not fit each other.
+    Incompatible,
+    /// The operating system refused.
+    Io,
+    /// The caller cancelled.
+    Interrupted,
+    /// The caller asked for something that makes no sense.
+    Misuse,
+}
+
+impl Kind {
+    /// The name of the kind as it appears in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Damaged => "damaged",
+            Kind::Unsupported => "unsupported",
+            Kind::Peer => "peer",
+            Kind::Incompatible => "incompatible",
+            Kind::Io => "io",
+            Kind::Interrupted => "interrupted",
+            Kind::Misuse => "misuse",
+        }
+    }
+}
+
+/// A failure: one clause, a kind, perhaps a hint that mends it, perhaps a source.
+///
+/// `Display` gives the clause alone; the source is in the chain and is not repeated.
+#[derive(Debug)]
+pub struct Error(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    kind: Kind,
+    clause: String,
+    hint: Option<String>,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// The result of everything that can fail here.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error of `kind` that says `clause`.
+    pub fn new(kind: Kind, clause: impl Into<String>) -> Error {
+        Error(Box::new(Inner { kind, clause: clause.into(), hint: None, source: None }))
+    }
+
+    /// The operating system's refusal of what `clause` names.
+    pub fn io(clause: impl Into<String>, source: impl Into<std::io::Error>) -> Error {
+        Error::new(Kind::Io, clause).because(source.into())
+    }
+
+    /// The caller's wish to stop.
+    pub fn interrupted() -> Error {
+        Error::new(Kind::Interrupted, "interrupted")
+    }
+
+    /// Adds what led to it.
+    pub fn because(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// Adds what mends it, a whole phrase in the imperative.
+    pub fn hint(mut self, hint: impl Into<String>) -> Error {
+        self.0.hint = Some(hint.into());
+        self
+    }
+
+    /// Whose fault it is.
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// What mends it, where that is known.
+    pub fn hint_text(&self) -> Option<&str> {
+        self.0.hint.as_deref()
+    }
+
+    /// The clause and those of its sources, joined by colons.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut source = self.source();
+        while let Some(cause) = source {
+            text.push_str(": ");
+            text.push_str(&cause.to_string());
+            source = cause.source();
+        }
+        text
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.clause)
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+    }
+}
+
+impl From<io::DraftError> for Error {
+    fn from(error: io::DraftError) -> Error {
+        use io::DraftError as E;
+        match &error {
+            E::Exists { .. } => {
+                Error::new(Kind::Misuse, error.to_string()).hint("give another name, or --overwrite")
+            }
+            E::NotAFile { .. } => Error::new(Kind::Misuse, error.to_string()),
+            E::Unsupported { .. } => Error::new(Kind::Unsupported, error.to_string()),
+            E::NoDirectIo { .. } => Error::new(Kind::Unsupported, error.to_string())
+                .hint("leave --direct-io at auto, or save to a file system that has it"),
+            E::Io { .. } => {
+                let full = system_error(&error).is_some_and(is_full);
+                let clause = error.to_string();
+                let mut source = None;
+                if let E::Io { source: cause, .. } = error {
+                    source = Some(cause);
+                }
+                let error = Error::new(Kind::Io, clause);
+                let error = match source {
+                    Some(source) => error.because(source),
+                    None => error,
+                };
+                if full { error.hint(FULL_HINT) } else { error }
+            }
+        }
+    }
+}
+
+impl From<io::LaneError> for Error {
+    fn from(error: io::LaneError) -> Error {
+        if matches!(error, io::LaneError::Cancelled) {
+            return Error::interrupted();
+        }
+        let full = system_error(&error).is_some_and(is_full);
+        let error = Error::new(Kind::Io, "the guest's memory could not be written").because(error);
+        if full { error.hint(FULL_HINT) } else { error }
+    }
+}
+
+const FULL_HINT: &str = "the file system is full: free some space, or save to another one";
+
+/// The operating system's own error at the end of a chain.
+fn system_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a std::io::Error> {
+    let mut at = Some(error);
+    while let Some(error) = at {
+        if let Some(found) = error.downcast_ref::<std::io::Error>() {
+            return Some(found);
+        }
+        if let Some(found) = error.downcast_ref::<std::sync::Arc<std::io::Error>>() {
+            return Some(found);
+        }
+        at = error.source();
+    }
+    None
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded)
+}

@@ -1,0 +1,126 @@
+//! Every structural fault of an image, with its offset.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use wire::mapped_ram::survey::{LayoutSurvey, SurveyStep};
+use wire::mapped_ram::{BitmapScanner, BlockPlacement};
+use wire::qemu::survey;
+use wire::{Fault, FileRange, Report};
+
+use crate::source::{FileExtents, Format, scan_stream};
+use crate::{Error, Result};
+
+/// How much of a bitmap is read at once.
+const BITMAP_CHUNK: usize = 64 << 10;
+/// The most device state that is taken apart.
+const TAIL_LEN_MAX: u64 = 1 << 30;
+
+/// The outcome of a check.
+#[derive(Clone, Debug)]
+pub struct Check {
+    /// The format that the file was read as.
+    pub format: Format,
+    /// The faults, in the order of their offsets, and how many more there are.
+    pub report: Report,
+}
+
+/// Looks for every structural fault of an image, by vmstate or by QEMU, in any format that is read.
+///
+/// Pages are not looked at: no format has anything to compare them with.
+///
+/// # Errors
+/// Where the file cannot be read, or is no image at all.
+pub fn check(path: &Path) -> Result<Check> {
+    let file =
+        File::open(path).map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
+    let format = Format::of(&file, path)?;
+    let mut report = match format {
+        Format::MappedRam => mapped_ram(&file, path)?,
+        Format::Stream => stream(&file, path)?,
+    };
+    report.faults.sort_by_key(|fault| fault.offset);
+    Ok(Check { format, report })
+}
+
+fn mapped_ram(file: &File, path: &Path) -> Result<Report> {
+    let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
+    let len = file.metadata().map_err(cannot)?.len();
+    let mut survey = LayoutSurvey::new(0, len);
+    let mut bytes = Vec::new();
+    while let SurveyStep::Need { offset, len } = survey.step() {
+        bytes.resize(len, 0);
+        file.read_exact_at(&mut bytes, offset).map_err(cannot)?;
+        survey.supply(&bytes);
+    }
+    let found = survey.finish();
+    let mut report = found.report;
+    for block in &found.blocks {
+        if let Some(fault) = bitmap(file, block, len).map_err(cannot)? {
+            report.push(fault);
+        }
+    }
+    if let Some(layout) = &found.layout {
+        let end = layout.vmdesc.map_or(layout.device_state.end, |vmdesc| vmdesc.end);
+        device_state(file, FileRange::new(layout.device_state.start, end), &mut report).map_err(cannot)?;
+    }
+    Ok(report)
+}
+
+/// Scans a bitmap; the layout has not vouched for its place, so what lies beyond the file is passed over:
+/// that fault is told already.
+fn bitmap(file: &File, block: &BlockPlacement, file_len: u64) -> std::io::Result<Option<Fault>> {
+    let mut scanner = BitmapScanner::new(block.bitmap.start, block.page_count());
+    let mut extents = FileExtents::new(file, file_len);
+    let mut chunk = vec![0; BITMAP_CHUNK];
+    let mut at = block.bitmap.start;
+    let bitmap_end = block.bitmap.end.min(file_len);
+    while at < bitmap_end {
+        let (end, is_data) = extents.at(at);
+        let end = end.min(bitmap_end);
+        let scanned = if is_data {
+            let len = (end - at).min(BITMAP_CHUNK as u64) as usize;
+            file.read_exact_at(&mut chunk[..len], at)?;
+            at += len as u64;
+            scanner.push(&chunk[..len], |_| {})
+        } else {
+            let hole = end - at;
+            at = end;
+            scanner.skip(hole, |_| {})
+        };
+        if let Err(fault) = scanned {
+            return Ok(Some(fault));
+        }
+    }
+    Ok(None)
+}
+
+fn stream(file: &File, path: &Path) -> Result<Report> {
+    let contents = scan_stream(file, path)?;
+    let mut report = contents.report;
+    if let Some(tail) = contents.tail {
+        device_state(file, tail, &mut report)
+            .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
+    }
+    Ok(report)
+}
+
+fn device_state(file: &File, range: FileRange, report: &mut Report) -> std::io::Result<()> {
+    if range.len() > TAIL_LEN_MAX {
+        let problem = format!("{:#x} bytes are more than {TAIL_LEN_MAX:#x}", range.len());
+        report.push(Fault::unsupported(range.start, "device state", problem));
+        return Ok(());
+    }
+    let mut blob = vec![0; range.len() as usize];
+    file.read_exact_at(&mut blob, range.start)?;
+    let (found, _) = survey::device_state(&blob, range.start);
+    for fault in found.faults {
+        // The layout's survey looks at the same end.
+        if !report.faults.contains(&fault) {
+            report.push(fault);
+        }
+    }
+    report.dropped += found.dropped;
+    Ok(())
+}

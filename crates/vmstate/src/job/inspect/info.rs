@@ -1,0 +1,241 @@
+//! What an image holds.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+
+use serde::Serialize;
+use wire::qemu::{Configuration, DeviceState, global_state, split_sections, vmdesc};
+
+use crate::manifest::Manifest;
+use crate::source::{BlockUse, Format, MappedRamFile, faulty, read_stream};
+use crate::{Error, Kind, Result};
+
+/// The most device state that is read into memory.
+const TAIL_LEN_MAX: u64 = 1 << 30;
+
+/// What an image holds. The fields are the keys of `vmstate info --json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ImageInfo {
+    /// `mapped-ram` or `stream`.
+    pub format: &'static str,
+    /// The machine type, for example `pc-q35-10.0`.
+    pub machine: Option<String>,
+    /// The capabilities that the image records.
+    pub capabilities: Vec<String>,
+    /// The target's page size in bytes.
+    pub page_size: u64,
+    /// The state that a restore brings the guest to.
+    pub run_state: Option<String>,
+    /// What vmstate noted when it saved the image; `None` for images by others.
+    pub saved: Option<Manifest>,
+    /// The length of the file.
+    pub file_bytes: u64,
+    /// What the file takes on the disk.
+    pub disk_bytes: u64,
+    /// The length of all RAM.
+    pub ram_bytes: u64,
+    /// Pages that are in the image.
+    pub data_bytes: u64,
+    /// Of these, pages that take no room because they lie in a hole of the file; in a stream, pages that
+    /// were sent as zero.
+    pub zero_bytes: u64,
+    /// Pages that are not in the image; they read as zero.
+    pub hole_bytes: u64,
+    /// The RAM blocks, in the order of the stream.
+    pub blocks: Vec<BlockSummary>,
+    /// The length of the device state.
+    pub device_bytes: u64,
+    /// The device sections, in the order of the stream.
+    pub devices: Vec<SectionSummary>,
+    /// Whether the device state is described field by field, as QEMU does it.
+    pub described: bool,
+}
+
+/// A RAM block of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BlockSummary {
+    /// The block's idstr.
+    pub name: String,
+    /// Its length.
+    pub ram_bytes: u64,
+    /// Pages that are in the image.
+    pub data_bytes: u64,
+    /// As [`ImageInfo::zero_bytes`].
+    pub zero_bytes: u64,
+    /// Pages that are not in the image.
+    pub hole_bytes: u64,
+    /// Bytes on the disk that belong to no page of the image: left over from passes of a live save.
+    pub stale_bytes: u64,
+}
+
+/// A device section of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SectionSummary {
+    /// The section's idstr.
+    pub name: String,
+    /// Which of that name.
+    pub instance_id: u32,
+    /// The version of the payload.
+    pub version: u32,
+    /// The length of the payload.
+    pub bytes: u64,
+    /// The absolute offset of the payload.
+    pub offset: u64,
+}
+
+/// Tells what an image holds, by vmstate or by QEMU, in any format that is read.
+///
+/// Of a mapped-ram image some kilobytes a block are read; a stream is read whole.
+///
+/// # Errors
+/// [`Kind::Damaged`] at the first fault, with file, offset and field; [`Kind::Unsupported`]; [`Kind::Io`].
+pub fn info(path: &Path) -> Result<ImageInfo> {
+    let file =
+        File::open(path).map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
+    match Format::of(&file, path)? {
+        Format::MappedRam => mapped_ram(file, path),
+        Format::Stream => stream(&file, path),
+    }
+}
+
+fn mapped_ram(file: File, path: &Path) -> Result<ImageInfo> {
+    let image = MappedRamFile::from_file(file, path)?;
+    let layout = image.layout();
+    let blocks: Vec<BlockSummary> = image
+        .block_use()?
+        .into_iter()
+        .map(|BlockUse { name, usage }| BlockSummary {
+            name,
+            ram_bytes: usage.ram_bytes,
+            data_bytes: usage.data_bytes,
+            zero_bytes: usage.zero_bytes,
+            hole_bytes: usage.hole_bytes,
+            stale_bytes: usage.stale_bytes,
+        })
+        .collect();
+    let devices = image.devices()?;
+    let description = image.vmdescription()?;
+    let facts = Facts {
+        format: Format::MappedRam,
+        page_size: layout.blocks.first().map_or(0, |block| block.page_size.bytes()),
+        configuration: layout.preamble.configuration.as_ref(),
+        blocks,
+        run_state: image.run_state()?.map(str::to_owned),
+        description: description.as_ref(),
+        device_bytes: layout.device_state.len(),
+        devices: &devices,
+    };
+    facts.summary(image.file(), path)
+}
+
+fn stream(file: &File, path: &Path) -> Result<ImageInfo> {
+    let contents = read_stream(file, path)?;
+    let page = contents.page_size.bytes();
+    let blocks: Vec<BlockSummary> = contents
+        .blocks
+        .iter()
+        .map(|block| {
+            let sent = block.pages.saturating_mul(page);
+            let zero = block.zero_pages.saturating_mul(page);
+            BlockSummary {
+                name: block.entry.name.as_str().to_owned(),
+                ram_bytes: block.entry.used_length,
+                data_bytes: sent,
+                zero_bytes: zero,
+                hole_bytes: block.entry.used_length.saturating_sub(sent.saturating_add(zero)),
+                stale_bytes: 0,
+            }
+        })
+        .collect();
+    let tail = contents.tail.ok_or_else(|| {
+        Error::new(Kind::Damaged, format!("{}: the stream has no device state", path.display()))
+    })?;
+    if tail.len() > TAIL_LEN_MAX {
+        let clause = format!("{}: {:#x} bytes of device state", path.display(), tail.len());
+        return Err(Error::new(Kind::Unsupported, clause));
+    }
+    let mut blob = vec![0; tail.len() as usize];
+    file.read_exact_at(&mut blob, tail.start)
+        .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
+    let faulty = |fault| faulty(path, fault);
+    let devices = split_sections(&blob, tail.start).map_err(faulty)?;
+    let part = |range: wire::FileRange| {
+        blob.get((range.start - tail.start) as usize..(range.end - tail.start) as usize).unwrap_or_default()
+    };
+    let run_state = devices.section(global_state::GLOBAL_STATE_SECTION, 0).map(|s| part(s.payload));
+    let run_state = run_state.map(global_state::run_state).transpose().map_err(faulty)?;
+    let json = devices.vmdesc.map(|range| (range.start + 5, part(range).get(5..).unwrap_or_default()));
+    let description = match json {
+        Some((at, json)) if !json.is_empty() => Some(vmdesc::parse(json, at).map_err(faulty)?),
+        _ => None,
+    };
+    let facts = Facts {
+        format: Format::Stream,
+        page_size: page,
+        configuration: contents.preamble.as_ref().and_then(|preamble| preamble.configuration.as_ref()),
+        blocks,
+        run_state: run_state.map(str::to_owned),
+        description: description.as_ref(),
+        device_bytes: devices.eof_at - tail.start + 1,
+        devices: &devices,
+    };
+    facts.summary(file, path)
+}
+
+/// What both formats tell, each in its own way.
+struct Facts<'a> {
+    format: Format,
+    page_size: u64,
+    configuration: Option<&'a Configuration>,
+    blocks: Vec<BlockSummary>,
+    run_state: Option<String>,
+    description: Option<&'a vmdesc::VmDescription>,
+    device_bytes: u64,
+    devices: &'a DeviceState,
+}
+
+impl Facts<'_> {
+    fn summary(self, file: &File, path: &Path) -> Result<ImageInfo> {
+        let metadata =
+            file.metadata().map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
+        let sum = |field: fn(&BlockSummary) -> u64| {
+            self.blocks.iter().map(field).fold(0, |sum: u64, bytes| sum.saturating_add(bytes))
+        };
+        let manifest = self.description.and_then(|description| description.vmstate.clone());
+        let described = self.description.is_some_and(|description| {
+            description.devices.iter().any(|device| device.fields.iter().any(|field| field.name != "data"))
+        });
+        Ok(ImageInfo {
+            format: self.format.name(),
+            machine: self.configuration.map(|c| c.machine.as_str().to_owned()),
+            capabilities: self.configuration.map_or_else(Vec::new, |c| {
+                c.capabilities.iter().map(|capability| capability.as_str().to_owned()).collect()
+            }),
+            page_size: self.page_size,
+            run_state: self.run_state,
+            saved: manifest.and_then(|value| serde_json::from_value(value).ok()),
+            file_bytes: metadata.len(),
+            disk_bytes: metadata.blocks() * 512,
+            ram_bytes: sum(|block| block.ram_bytes),
+            data_bytes: sum(|block| block.data_bytes),
+            zero_bytes: sum(|block| block.zero_bytes),
+            hole_bytes: sum(|block| block.hole_bytes),
+            blocks: self.blocks,
+            device_bytes: self.device_bytes,
+            devices: self
+                .devices
+                .sections
+                .iter()
+                .map(|section| SectionSummary {
+                    name: section.idstr.as_str().to_owned(),
+                    instance_id: section.instance_id,
+                    version: section.version_id,
+                    bytes: section.payload.len(),
+                    offset: section.payload.start,
+                })
+                .collect(),
+            described,
+        })
+    }
+}

@@ -1,0 +1,7 @@
+//! Looking into images: what they hold, and what is wrong with them.
+
+mod check;
+mod info;
+
+pub use check::{Check, check};
+pub use info::{BlockSummary, ImageInfo, SectionSummary, info};

@@ -1,0 +1,107 @@
+//! The jobs: each is a composition of sources and sinks, run by [`save()`], [`restore()`] and so on.
+
+mod inspect;
+mod restore;
+mod save;
+
+use std::time::{Duration, Instant};
+
+pub use inspect::{BlockSummary, Check, ImageInfo, SectionSummary, check, info};
+pub use restore::{Record, RestoreReport, RestoreSettings, Target, restore};
+pub use save::{SaveReport, SaveSettings, Then, save};
+
+/// Who carries the RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Via {
+    /// The best way that the guest allows; the report says which it was and why.
+    Auto,
+    /// vmstate reads the guest's memory from outside; QEMU gives the device state only.
+    Direct,
+    /// QEMU's own mapped-ram with multifd, into descriptors of ours.
+    Qemu,
+}
+
+impl Via {
+    /// The name on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Via::Auto => "auto",
+            Via::Direct => "direct",
+            Via::Qemu => "qemu",
+        }
+    }
+}
+
+/// Whether pages bypass the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DirectIo {
+    /// Where the target takes it.
+    Auto,
+    /// Always; an error where the target does not.
+    On,
+    /// Never.
+    Off,
+}
+
+/// Who is told how a job goes. The library prints nothing.
+pub trait Observer: Sync {
+    /// A phase begins.
+    fn phase(&self, _name: &'static str) {}
+    /// Something worth knowing, such as the way that was chosen and why: one clause.
+    fn note(&self, _text: &str) {}
+    /// Something the user must know although the job goes on: one clause.
+    fn warn(&self, _text: &str) {}
+}
+
+/// An observer that wants to know nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Unobserved;
+
+impl Observer for Unobserved {}
+
+/// How long each phase of a job took, in order.
+#[derive(Clone, Debug, Default)]
+pub struct Phases(pub Vec<(&'static str, Duration)>);
+
+/// Runs phases one after the other and notes what each took.
+struct Stopwatch<'a> {
+    observer: &'a dyn Observer,
+    started: Instant,
+    current: Option<(&'static str, Instant)>,
+    phases: Phases,
+}
+
+impl<'a> Stopwatch<'a> {
+    fn start(observer: &'a dyn Observer) -> Stopwatch<'a> {
+        Stopwatch { observer, started: Instant::now(), current: None, phases: Phases::default() }
+    }
+
+    fn phase(&mut self, name: &'static str) {
+        self.end_phase();
+        self.observer.phase(name);
+        self.current = Some((name, Instant::now()));
+    }
+
+    fn end_phase(&mut self) {
+        if let Some((name, since)) = self.current.take() {
+            self.phases.0.push((name, since.elapsed()));
+        }
+    }
+
+    fn finish(mut self) -> (Phases, Duration) {
+        self.end_phase();
+        (self.phases, self.started.elapsed())
+    }
+}
+
+/// The resident anonymous memory of this process in bytes: what the job costs beside the guest's own pages,
+/// which may be mapped here too. Zero where the kernel does not tell.
+fn anonymous_memory_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))
+        .and_then(|rest| rest.trim().strip_suffix("kB"))
+        .and_then(|kib| kib.trim().parse::<u64>().ok())
+        .map_or(0, |kib| kib << 10)
+}

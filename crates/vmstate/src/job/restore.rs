@@ -1,0 +1,280 @@
+//! Restore: an image becomes a guest again, in a QEMU that is started for it or one that waits.
+
+use std::ffi::OsString;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use io::{Cancel, ReadPair};
+use serde_json::json;
+
+use super::save::{CHANNELS_MAX, default_channels};
+use super::{DirectIo, Observer, Phases, Stopwatch};
+use crate::net::QmpAddress;
+use crate::qemu::{self, LaunchSettings, Launched, Session};
+use crate::source::MappedRamFile;
+use crate::{Error, Kind, Result};
+
+/// The state of the guest after a restore, or the one recorded for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Record {
+    /// As it was before the save.
+    AsItWas,
+    /// Running.
+    Running,
+    /// Paused.
+    Paused,
+}
+
+/// The QEMU that the guest comes back in.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// One that waits with `-incoming defer`.
+    Waiting(QmpAddress),
+    /// One that is started.
+    Launch {
+        /// The program and its arguments, as they were when the guest was saved.
+        command: Vec<OsString>,
+        /// Where its messages go.
+        log: Option<PathBuf>,
+        /// Whether it keeps our terminal and session.
+        foreground: bool,
+    },
+}
+
+/// What to restore, into what, and how.
+#[derive(Clone, Debug)]
+pub struct RestoreSettings {
+    /// The image.
+    pub image: PathBuf,
+    /// The QEMU.
+    pub target: Target,
+    /// How many channels read; `None` leaves it to vmstate.
+    pub channels: Option<u16>,
+    /// Whether pages bypass the page cache.
+    pub direct_io: DirectIo,
+    /// The state to bring the guest to.
+    pub record: Record,
+}
+
+/// What a restore did.
+#[derive(Debug)]
+pub struct RestoreReport {
+    /// QEMU's process, where it is ours or could be told.
+    pub qemu_pid: Option<u32>,
+    /// The monitor that the guest can be reached by, where one is known.
+    pub qmp: Option<String>,
+    /// Whether pages bypassed the page cache.
+    pub direct_io: bool,
+    /// Channels used.
+    pub channels: u16,
+    /// The run state after the restore.
+    pub run_state: String,
+    /// From the call until the guest could run its first instruction.
+    pub first_instruction: Duration,
+    /// From QEMU being ready until then.
+    pub first_instruction_from_ready: Duration,
+    /// From the call until all memory was resident: for an eager restore the same moment.
+    pub resident: Duration,
+    /// Bytes of pages that were read.
+    pub read_bytes: u64,
+    /// How long each phase took.
+    pub phases: Phases,
+    /// The QEMU in the foreground, which the caller is to wait for.
+    pub foreground: Option<std::process::Child>,
+}
+
+/// Restores a guest, everything first: QEMU loads the image in parallel and runs when all of it is there.
+///
+/// The image is checked as a whole before QEMU sees a byte of it, and compared with the target's RAM
+/// blocks: QEMU itself checks neither, and a truncated image crashes it.
+///
+/// # Errors
+/// [`Kind::Damaged`] and [`Kind::Unsupported`] for the image, [`Kind::Incompatible`] where image and target
+/// do not fit, [`Kind::Peer`] with QEMU's own words. A QEMU that was started is ended again.
+pub fn restore(
+    settings: &RestoreSettings,
+    cancel: &Cancel,
+    observer: &dyn Observer,
+) -> Result<RestoreReport> {
+    if settings.channels.is_some_and(|n| n == 0 || n > CHANNELS_MAX) {
+        return Err(Error::new(Kind::Misuse, format!("channels must be between 1 and {CHANNELS_MAX}")));
+    }
+    let mut watch = Stopwatch::start(observer);
+    watch.phase("check image");
+    let image = MappedRamFile::open(&settings.image)?;
+    image.verify()?;
+    let summary = image.summary()?;
+    let pair = ReadPair::open(
+        &settings.image,
+        match settings.direct_io {
+            DirectIo::Auto => io::DirectChoice::Auto,
+            DirectIo::On => io::DirectChoice::On,
+            DirectIo::Off => io::DirectChoice::Off,
+        },
+    )
+    .map_err(|error| Error::io(format!("cannot open {}", settings.image.display()), error))?;
+    if let io::DirectIo::Unsupported { reason } = &pair.direct_io {
+        observer.note(&format!("no direct I/O: {reason}"));
+    }
+
+    watch.phase("start QEMU");
+    let (mut session, launched) = match &settings.target {
+        Target::Waiting(address) => (Session::open(address, cancel)?, None),
+        Target::Launch { command, log, foreground } => {
+            let launched = qemu::launch(
+                &LaunchSettings { command, log: log.as_deref(), foreground: *foreground },
+                cancel,
+            )?;
+            (Session::over(launched.0)?, Some(launched.1))
+        }
+    };
+    let ready = Instant::now();
+    let wants_pause = launched.as_ref().is_some_and(|launched| launched.wants_pause);
+    let outcome = load(settings, &image, &pair, wants_pause, &mut session, &mut watch);
+    watch.phase("settle");
+    let qemu_pid = launched.as_ref().map(Launched::pid).or_else(|| session.client.listener_pid());
+    let outcome = outcome.and_then(|loaded| session.settle().map(|()| loaded));
+    let loaded = match (outcome, launched) {
+        (Ok(loaded), launched) => (loaded, launched),
+        (Err(error), Some(launched)) => return Err(launched.give_up(error)),
+        (Err(error), None) => return Err(error),
+    };
+    let ((run_state, running_at), launched) = loaded;
+    let (user_qmp, foreground) = match launched {
+        Some(launched) => (launched.user_qmp(), launched.leave()),
+        None => (None, None),
+    };
+    let started = watch.started;
+    let (phases, _) = watch.finish();
+    Ok(RestoreReport {
+        qemu_pid,
+        qmp: match &settings.target {
+            Target::Waiting(address) => Some(address.to_string()),
+            Target::Launch { .. } => user_qmp,
+        },
+        direct_io: pair.direct.is_some(),
+        channels: settings.channels.unwrap_or_else(default_channels),
+        run_state,
+        first_instruction: running_at.duration_since(started),
+        first_instruction_from_ready: running_at.duration_since(ready),
+        resident: running_at.duration_since(started),
+        read_bytes: summary.data_bytes,
+        phases,
+        foreground,
+    })
+}
+
+/// Compares the image with the target, has QEMU load it and brings the guest to the state wanted. Returns
+/// that state and when it was reached.
+fn load(
+    settings: &RestoreSettings,
+    image: &MappedRamFile,
+    pair: &ReadPair,
+    wants_pause: bool,
+    session: &mut Session,
+    watch: &mut Stopwatch<'_>,
+) -> Result<(String, Instant)> {
+    watch.phase("compare");
+    require_waiting(session)?;
+    compare(image, session)?;
+    session
+        .configure(
+            &["mapped-ram", "multifd"],
+            &[
+                ("multifd-channels", json!(settings.channels.unwrap_or_else(default_channels))),
+                ("multifd-compression", json!("none")),
+                ("direct-io", json!(pair.direct.is_some())),
+                ("mode", json!("normal")),
+                ("tls-creds", json!("")),
+            ],
+        )
+        .map_err(|error| match error.kind() {
+            Kind::Unsupported => error.hint("restore into QEMU 9.1 or later"),
+            _ => error,
+        })?;
+    // Before a guest arrives this only says that it shall not start by itself.
+    session.client.stop()?;
+
+    watch.phase("load");
+    let mut fds = vec![pair.buffered.as_fd()];
+    fds.extend(pair.direct.as_ref().map(|file| file.as_fd()));
+    let fdset = session.add_fdset(&fds)?;
+    session.client.execute(
+        "migrate-incoming",
+        json!({ "uri": format!("file:/dev/fdset/{fdset},offset=0"), "exit-on-error": false }),
+    )?;
+    // Unlike an outgoing migration this one cannot be cancelled; a QEMU of ours is ended instead.
+    let end = session.migration_end(None)?;
+    if end.status != "completed" {
+        let reason = end.error.unwrap_or_else(|| format!("status `{}`", end.status));
+        return Err(Error::new(Kind::Peer, format!("QEMU could not load the image: {reason}"))
+            .hint("start it with the machine and devices that the guest was saved with"));
+    }
+    session.remove_fdset(fdset)?;
+
+    watch.phase("run");
+    let recorded = image.run_state()?.unwrap_or("running");
+    let run = match settings.record {
+        Record::Running => true,
+        Record::Paused => false,
+        Record::AsItWas => recorded == "running" && !wants_pause,
+    };
+    if run {
+        session.client.cont().map_err(|error| match qemu::lock_hint(&error.chain()) {
+            Some(hint) => error.hint(hint),
+            None => error,
+        })?;
+    }
+    let at = Instant::now();
+    Ok((session.client.status()?.status, at))
+}
+
+/// Makes sure that QEMU waits for a guest.
+fn require_waiting(session: &mut Session) -> Result<()> {
+    let status = session.client.status()?.status;
+    if status == "inmigrate" {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Incompatible,
+        format!("the target is in state `{status}`, it does not wait for a guest"),
+    )
+    .hint("start it with -incoming defer"))
+}
+
+/// Compares machine and RAM blocks: QEMU takes an image of 64 MiB into a guest of 128 MiB without a word.
+fn compare(image: &MappedRamFile, session: &mut Session) -> Result<()> {
+    let layout = image.layout();
+    if let Some(configuration) = &layout.preamble.configuration {
+        let class = session.client.qom_string("/machine", "type")?;
+        let machine = class.strip_suffix("-machine").unwrap_or(&class);
+        if configuration.machine != machine {
+            let clause = format!("target is a `{machine}`, image has a `{}`", configuration.machine);
+            return Err(Error::new(Kind::Incompatible, clause)
+                .hint(format!("start the target with -machine {}", configuration.machine)));
+        }
+    }
+    let targets = qemu::host_blocks(&mut session.client)?;
+    for block in &layout.blocks {
+        let name = block.name.as_str();
+        let Some(target) = targets.iter().find(|target| target.name == name) else {
+            return Err(Error::new(Kind::Incompatible, format!("target has no RAM block `{name}`")).hint(
+                "start the target with the devices and memory backends that the guest was saved with",
+            ));
+        };
+        if target.used_length != block.used_length {
+            let (has, wants) = (target.used_length, block.used_length);
+            let error = Error::new(
+                Kind::Incompatible,
+                format!("target has {has:#x} bytes for `{name}`, image has {wants:#x}"),
+            );
+            let is_main = layout.blocks.iter().all(|other| other.used_length <= wants);
+            return Err(match is_main {
+                true => error.hint(format!("start the target with -m {}M", wants >> 20)),
+                false => error.hint("start the target with the devices that the guest was saved with"),
+            });
+        }
+    }
+    Ok(())
+}

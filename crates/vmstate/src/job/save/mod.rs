@@ -1,0 +1,281 @@
+//! Save: a running guest becomes one mapped-ram image, complete and durable, or nothing at all.
+
+mod direct;
+mod via_qemu;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use io::{Cancel, Draft, DraftOptions};
+
+use super::{DirectIo, Observer, Phases, Stopwatch, Via, anonymous_memory_bytes};
+use crate::job::Record;
+use crate::net::QmpAddress;
+use crate::qemu::Session;
+use crate::qmp::RunStatus;
+use crate::{Error, Kind, Result};
+
+/// The most channels; QEMU's own limit for multifd.
+pub const CHANNELS_MAX: u16 = 255;
+
+/// What becomes of the guest after a save that succeeded. One that failed always leaves it as it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// It stays paused.
+    Pause,
+    /// It runs on, if it ran before.
+    Resume,
+    /// QEMU ends.
+    Quit,
+}
+
+/// What to save, where to, and how.
+#[derive(Clone, Debug)]
+pub struct SaveSettings {
+    /// The guest's monitor.
+    pub qmp: QmpAddress,
+    /// The image to be.
+    pub image: PathBuf,
+    /// Who carries the RAM.
+    pub via: Via,
+    /// How many channels write; `None` leaves it to vmstate.
+    pub channels: Option<u16>,
+    /// Whether pages bypass the page cache.
+    pub direct_io: DirectIo,
+    /// What becomes of the guest.
+    pub then: Then,
+    /// The state that a restore brings the guest to.
+    pub record: Record,
+    /// Whether an image of that name may be replaced.
+    pub overwrite: bool,
+    /// Whether the image is made durable before it gets its name.
+    pub sync: bool,
+    /// The permission bits of the image.
+    pub mode: u32,
+    /// QEMU's process, where the caller knows it.
+    pub pid: Option<u32>,
+}
+
+impl SaveSettings {
+    /// The defaults of the command line for a guest at `qmp`.
+    pub fn new(qmp: QmpAddress, image: impl Into<PathBuf>) -> SaveSettings {
+        SaveSettings {
+            qmp,
+            image: image.into(),
+            via: Via::Auto,
+            channels: None,
+            direct_io: DirectIo::Auto,
+            then: Then::Pause,
+            record: Record::AsItWas,
+            overwrite: false,
+            sync: true,
+            mode: 0o600,
+            pid: None,
+        }
+    }
+
+    fn channels(&self) -> u16 {
+        self.channels.unwrap_or_else(default_channels)
+    }
+}
+
+/// One channel per processor, at least two so that one can wait for the disk, at most eight: more never
+/// helped, since the disk is the limit long before.
+pub(crate) fn default_channels() -> u16 {
+    std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8) as u16)
+}
+
+/// What a save did.
+#[derive(Clone, Debug)]
+pub struct SaveReport {
+    /// Who carried the RAM: never [`Via::Auto`].
+    pub via: Via,
+    /// Why `auto` did not take the direct way, where it did not.
+    pub reason: Option<String>,
+    /// Whether pages bypassed the page cache.
+    pub direct_io: bool,
+    /// Channels used.
+    pub channels: u16,
+    /// The state recorded for the restore.
+    pub run_state: String,
+    /// Bytes of pages in the image.
+    pub data_bytes: u64,
+    /// Bytes of pages that were there and are zero, so that they are not in the image.
+    pub zero_bytes: u64,
+    /// Bytes of pages that were never touched, so that nobody had to look at them.
+    pub hole_bytes: u64,
+    /// The whole save.
+    pub duration: Duration,
+    /// From the guest's stop until everything of it was read.
+    pub downtime: Duration,
+    /// The most anonymous memory seen in this process.
+    pub peak_memory_bytes: u64,
+    /// How long each phase took.
+    pub phases: Phases,
+}
+
+impl SaveReport {
+    /// Data bytes per second of the phase that moved them; 0 where none were.
+    pub fn rate_bytes_per_s(&self) -> u64 {
+        let moving = self.phases.0.iter().find(|(name, _)| *name == "ram").map_or(self.duration, |(_, d)| *d);
+        if moving.is_zero() { 0 } else { (self.data_bytes as f64 / moving.as_secs_f64()) as u64 }
+    }
+}
+
+/// What the way that was taken reports to the job.
+struct Carried {
+    run_state: String,
+    direct_io: bool,
+    data_bytes: u64,
+    zero_bytes: u64,
+    hole_bytes: u64,
+    stopped_at: Instant,
+    read_at: Instant,
+    memory_bytes: u64,
+}
+
+/// Saves a guest.
+///
+/// On success the image stands under its name, durable unless `sync` is off. On failure, and when `cancel`
+/// is triggered, nothing stands there that did not before, the guest is in the state it was in, and QEMU
+/// has its own settings back.
+///
+/// # Errors
+/// [`Kind::Misuse`] where the image exists and may not be replaced; [`Kind::Unsupported`] where the way
+/// asked for cannot carry this guest; [`Kind::Peer`], [`Kind::Io`], [`Kind::Interrupted`].
+pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -> Result<SaveReport> {
+    if settings.channels.is_some_and(|n| n == 0 || n > CHANNELS_MAX) {
+        return Err(Error::new(Kind::Misuse, format!("channels must be between 1 and {CHANNELS_MAX}")));
+    }
+    let mut watch = Stopwatch::start(observer);
+    watch.phase("connect");
+    // The target first: whoever mistyped its name should not have the guest touched.
+    let draft = Draft::create(
+        &settings.image,
+        DraftOptions {
+            mode: settings.mode,
+            overwrite: settings.overwrite,
+            direct: match settings.direct_io {
+                DirectIo::Auto => io::DirectChoice::Auto,
+                DirectIo::On => io::DirectChoice::On,
+                DirectIo::Off => io::DirectChoice::Off,
+            },
+            sync: settings.sync,
+        },
+    )?;
+    let mut session = Session::open(&settings.qmp, cancel)?;
+    let outcome = carry(settings, &mut session, draft, cancel, &mut watch);
+    let outcome = outcome.and_then(|done| {
+        after(&mut session, settings.then)?;
+        Ok(done)
+    });
+    watch.phase("settle");
+    let quit = outcome.is_ok() && settings.then == Then::Quit;
+    let settled = if quit { session.client.quit().map(|()| drop(session)) } else { session.settle() };
+    let (carried, via, reason) = match (outcome, settled) {
+        (Ok(done), Ok(())) => done,
+        (Ok(_), Err(error)) => {
+            return Err(Error::new(error.kind(), "the image is saved, but QEMU was not left as it was")
+                .because(error));
+        }
+        (Err(error), Ok(())) => return Err(error),
+        (Err(error), Err(worse)) => {
+            observer.note(&format!("cleaning up failed as well: {}", worse.chain()));
+            return Err(match worse.hint_text() {
+                Some(hint) => error.hint(hint.to_owned()),
+                None => error,
+            });
+        }
+    };
+    let (phases, duration) = watch.finish();
+    Ok(SaveReport {
+        via,
+        reason,
+        direct_io: carried.direct_io,
+        channels: settings.channels(),
+        run_state: carried.run_state,
+        data_bytes: carried.data_bytes,
+        zero_bytes: carried.zero_bytes,
+        hole_bytes: carried.hole_bytes,
+        duration,
+        downtime: carried.read_at.saturating_duration_since(carried.stopped_at),
+        peak_memory_bytes: carried.memory_bytes.max(anonymous_memory_bytes()),
+        phases,
+    })
+}
+
+/// Chooses the way and takes it, up to and including the image's name.
+fn carry(
+    settings: &SaveSettings,
+    session: &mut Session,
+    draft: Draft,
+    cancel: &Cancel,
+    watch: &mut Stopwatch<'_>,
+) -> Result<(Carried, Via, Option<String>)> {
+    refuse_states(session)?;
+    let mut reason = None;
+    let mut prepared = None;
+    if settings.via != Via::Qemu {
+        watch.phase("probe");
+        match direct::prepare(settings, session) {
+            Ok(ready) => prepared = Some(ready),
+            Err(error) if settings.via == Via::Auto && error.kind() == Kind::Unsupported => {
+                watch.observer.note(&format!("via qemu: {}", error.chain()));
+                reason = Some(error.chain());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let (carried, via) = match prepared {
+        Some(ready) => {
+            watch.observer.note("via direct: QEMU gives the device state only");
+            (direct::carry(settings, session, ready, &draft, cancel, watch)?, Via::Direct)
+        }
+        None => (via_qemu::carry(settings, session, &draft, watch)?, Via::Qemu),
+    };
+    if let io::DirectIo::Unsupported { reason } = draft.direct_io() {
+        watch.observer.note(&format!("no direct I/O: {reason}"));
+    }
+    if settings.then == Then::Resume {
+        // All of the guest has been read: it need not wait for the disk.
+        session.resume()?;
+    }
+    watch.phase("publish");
+    if cancel.is_cancelled() {
+        return Err(Error::interrupted());
+    }
+    draft.publish()?;
+    Ok((carried, via, reason))
+}
+
+/// Refuses a guest whose state cannot be saved, before anything is touched.
+fn refuse_states(session: &mut Session) -> Result<()> {
+    let status = session.client.status()?.status;
+    let hint = match status.as_str() {
+        "postmigrate" => {
+            "QEMU has handed this guest over already: resume it with the QMP command cont, then save"
+        }
+        "inmigrate" => "this QEMU waits for a guest or is loading one: restore into it first",
+        "finish-migrate" | "save-vm" | "restore-vm" | "colo" => "wait until QEMU is done with that",
+        _ => return Ok(()),
+    };
+    Err(Error::new(Kind::Peer, format!("a guest in state `{status}` cannot be saved")).hint(hint))
+}
+
+/// The run state to record for a guest that was found in the state `before`.
+fn recorded_state(record: Record, before: &RunStatus) -> String {
+    match record {
+        Record::AsItWas => before.status.clone(),
+        Record::Running => "running".to_owned(),
+        Record::Paused => "paused".to_owned(),
+    }
+}
+
+/// Leaves the guest as the caller wants it after a success; quitting comes later.
+fn after(session: &mut Session, then: Then) -> Result<()> {
+    match then {
+        Then::Pause | Then::Quit => session.keep_paused(),
+        Then::Resume => session.resume()?,
+    }
+    Ok(())
+}

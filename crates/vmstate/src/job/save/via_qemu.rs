@@ -1,0 +1,106 @@
+//! QEMU's own way: mapped-ram with multifd, into two descriptors of ours.
+
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use io::Draft;
+use serde_json::json;
+use wire::qemu::global_state;
+
+use super::{Carried, SaveSettings, Stopwatch, anonymous_memory_bytes};
+use crate::manifest::Manifest;
+use crate::qemu::Session;
+use crate::qmp::RunStatus;
+use crate::source::MappedRamFile;
+use crate::{Error, Kind, Result};
+
+/// No limit, in bytes per second: the greatest that every QEMU takes. The default, 128 MiB/s, throttles
+/// files as well.
+pub(crate) const BANDWIDTH_MAX: u64 = 1 << 60;
+
+/// Stops the guest and lets QEMU write everything of it into the draft, all but its name.
+pub(super) fn carry(
+    settings: &SaveSettings,
+    session: &mut Session,
+    draft: &Draft,
+    watch: &mut Stopwatch<'_>,
+) -> Result<Carried> {
+    let direct = draft.direct();
+    session
+        .configure(
+            &["mapped-ram", "multifd"],
+            &[
+                ("multifd-channels", json!(settings.channels())),
+                ("multifd-compression", json!("none")),
+                ("direct-io", json!(direct.is_some())),
+                ("max-bandwidth", json!(BANDWIDTH_MAX)),
+                ("mode", json!("normal")),
+                ("tls-creds", json!("")),
+            ],
+        )
+        .map_err(|error| match error.kind() {
+            Kind::Unsupported => error.hint("mapped-ram needs QEMU 9.1 or later"),
+            _ => error,
+        })?;
+
+    watch.phase("stop");
+    let stopped_at = Instant::now();
+    // A guest that runs writes pages twice, and a page that became zero keeps its old bytes in the file.
+    let before = session.pause()?;
+
+    watch.phase("ram");
+    // Whichever of the two flags QEMU asks for must be there: a channel that it cannot open crashes it,
+    // and the guest with it. The draft has tried direct I/O on this very file.
+    let mut fds = vec![draft.buffered().as_fd()];
+    fds.extend(direct.map(|file| file.as_fd()));
+    let fdset = session.add_fdset(&fds)?;
+    session.migrate(&format!("file:/dev/fdset/{fdset},offset=0"))?;
+    let end = session.migration_end(None)?;
+    if end.status != "completed" {
+        let reason = end.error.unwrap_or_else(|| format!("status `{}`", end.status));
+        return Err(Error::new(Kind::Peer, format!("QEMU could not save the guest: {reason}")));
+    }
+    session.remove_fdset(fdset)?;
+    session.verify_still()?;
+    let read_at = Instant::now();
+
+    watch.phase("metadata");
+    let run_state = super::recorded_state(settings.record, &before);
+    let manifest = Manifest::now(&session.version, "qemu", &run_state);
+    let data_bytes = complete(draft, &before, &run_state, &manifest)?;
+    Ok(Carried {
+        run_state,
+        direct_io: direct.is_some(),
+        data_bytes: data_bytes.0,
+        zero_bytes: 0,
+        hole_bytes: data_bytes.1,
+        stopped_at,
+        read_at,
+        memory_bytes: anonymous_memory_bytes(),
+    })
+}
+
+/// Checks what QEMU wrote, records the run state and adds the manifest. Returns the bytes of pages that
+/// are in the image and of those that are not.
+fn complete(draft: &Draft, before: &RunStatus, run_state: &str, manifest: &Manifest) -> Result<(u64, u64)> {
+    let image = MappedRamFile::from_file(draft.open_for_reading()?, draft.path())?;
+    image.verify()?;
+    let failed = |error| Error::io(format!("cannot complete {}", draft.path().display()), error);
+    if before.status != run_state || before.running {
+        // QEMU saw a guest that we had stopped.
+        let devices = image.devices()?;
+        if let Some(section) = devices.section(global_state::GLOBAL_STATE_SECTION, 0) {
+            let mut payload = image.read(section.payload)?;
+            global_state::patch_run_state(&mut payload, run_state)
+                .map_err(|fault| Error::new(Kind::Peer, "the run state cannot be recorded").because(fault))?;
+            draft.buffered().write_all_at(&payload, section.payload.start).map_err(failed)?;
+        }
+    }
+    if let Some((offset, bytes)) = image.vmdescription_with(manifest)? {
+        draft.buffered().write_all_at(&bytes, offset).map_err(failed)?;
+        draft.set_len(offset + bytes.len() as u64)?;
+    }
+    let summary = image.summary()?;
+    Ok((summary.data_bytes, summary.ram_bytes - summary.data_bytes))
+}

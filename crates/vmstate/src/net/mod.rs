@@ -1,0 +1,5 @@
+//! Addresses and sockets.
+
+mod address;
+
+pub use address::QmpAddress;

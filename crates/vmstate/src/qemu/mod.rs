@@ -1,0 +1,14 @@
+//! A running QEMU as vmstate meets it: a session over QMP that owes back whatever it changes.
+
+mod blocks;
+mod launch;
+mod probe;
+mod process;
+mod session;
+
+pub use blocks::{HostBlock, host_blocks};
+pub(crate) use launch::lock_hint;
+pub use launch::{LaunchSettings, Launched, launch};
+pub use probe::{Probe, Probed, probe};
+pub use process::find_process;
+pub use session::Session;

@@ -1,0 +1,243 @@
+//! The probe: a migration into a socket of ours, given up as soon as it has told what a save must know.
+
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::json;
+use wire::DecodeError;
+use wire::qemu::{
+    BlockListVariant, Command, Configuration, Item, Preamble, RamSetup, SectionHeader, SectionKind,
+    decode_item, decode_preamble, decode_ram_setup,
+};
+
+use super::Session;
+use crate::{Error, Kind, Result};
+
+/// The name under which QEMU receives the socket.
+const PROBE: &str = "vmstate-probe";
+/// How long QEMU may take to send what the probe reads: setting up a migration clears a bitmap per RAM
+/// block, milliseconds on a guest of a TiB.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
+/// What the probe reads is a few hundred bytes; a block list of 4096 blocks with the longest names stays
+/// below this.
+const PROBE_LEN_MAX: usize = 2 << 20;
+/// The send buffer: as small as the kernel allows, so that QEMU blocks after a few pages instead of
+/// scanning on. Every page of shared memory that it looks at gets allocated.
+const PROBE_SEND_BUFFER: usize = 4096;
+/// The least bandwidth, in bytes per second, that is a limit: 0 means none.
+const PROBE_BANDWIDTH: u64 = 4096;
+
+/// What the probe tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// The machine's configuration section, as this QEMU writes it without capabilities.
+    pub configuration: Configuration,
+    /// The head of the RAM section.
+    pub ram: SectionHeader,
+    /// The RAM blocks: the exact list, order and sizes of what migrates.
+    pub setup: RamSetup,
+}
+
+/// Whether the guest's state is RAM and sections that are written in one go, so that it can be lifted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Probed {
+    /// It is.
+    Plain(Probe),
+    /// It is not, for this reason: another handler iterates, or wants its section early. Such state is not
+    /// in the output of `xen-save-devices-state`, or only in part.
+    Obstacle(String),
+}
+
+/// Probes the guest, running or paused, and leaves it as it was.
+///
+/// The capabilities must have been switched off, see [`Session::configure`], which this does itself.
+///
+/// # Errors
+/// [`Kind::Peer`] where QEMU refuses to migrate this guest, with its reason, or sends what is no stream.
+pub fn probe(session: &mut Session) -> Result<Probed> {
+    session.configure(
+        // A guest so small that it is through at once stops here instead of completing.
+        &["pause-before-switchover"],
+        &[("max-bandwidth", json!(PROBE_BANDWIDTH)), ("mode", json!("normal")), ("tls-creds", json!(""))],
+    )?;
+    let (mut ours, theirs) =
+        UnixStream::pair().map_err(|error| Error::io("cannot create a socket pair", error))?;
+    rustix::net::sockopt::set_socket_send_buffer_size(&theirs, PROBE_SEND_BUFFER)
+        .map_err(|error| Error::io("cannot shrink a socket's buffer", error))?;
+    session.give_fd(PROBE, theirs.as_fd())?;
+    drop(theirs);
+    session.migrate(&format!("fd:{PROBE}"))?;
+    let told = listen(session, &mut ours);
+    // Cancelled before the socket is closed, and drained after: QEMU is never left with a broken pipe that
+    // it did not make itself.
+    let ended = session.cancel_migration();
+    drain(&mut ours);
+    let told = told?;
+    let ended = ended?;
+    if ended.status != "cancelled" {
+        return Err(Error::new(Kind::Peer, format!("the probe migration ended as `{}`", ended.status)));
+    }
+    Ok(told)
+}
+
+/// Reads from the socket until the RAM section's setup and one more item are there.
+fn listen(session: &mut Session, socket: &mut UnixStream) -> Result<Probed> {
+    let deadline = Instant::now() + PROBE_TIMEOUT;
+    let mut bytes = Vec::new();
+    loop {
+        match decode(&bytes) {
+            Ok(probed) => return Ok(probed),
+            Err(DecodeError::Fault(fault)) => {
+                return Err(Error::new(Kind::Peer, "QEMU's stream is not understood").because(fault));
+            }
+            Err(DecodeError::Incomplete { .. }) => {}
+        }
+        if bytes.len() > PROBE_LEN_MAX {
+            return Err(Error::new(Kind::Peer, "QEMU's stream sets up more than a guest can have"));
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        let mut fds = vec![PollFd::new(&*socket, PollFlags::IN)];
+        if let Some(cancel) = session.client.cancel() {
+            fds.push(PollFd::from_borrowed_fd(cancel.as_fd(), PollFlags::IN));
+        }
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(0) => return Err(Error::new(Kind::Peer, "QEMU sends nothing into the probe's socket")),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(Error::io("poll on the probe's socket", error)),
+        }
+        if session.client.is_cancelled() {
+            return Err(Error::interrupted());
+        }
+        if fds[0].revents().is_empty() {
+            continue;
+        }
+        let mut chunk = [0; 4096];
+        match socket.read(&mut chunk) {
+            Ok(0) => {
+                let reason = session.client.migration()?.error;
+                return Err(Error::new(
+                    Kind::Peer,
+                    format!("QEMU gave up the probe migration: {}", reason.as_deref().unwrap_or("no reason")),
+                ));
+            }
+            Ok(len) => bytes.extend_from_slice(&chunk[..len]),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(Error::io("read from the probe's socket", error)),
+        }
+    }
+}
+
+/// Reads until QEMU has closed its end, which a cancelled migration does by itself.
+fn drain(socket: &mut UnixStream) {
+    let mut chunk = [0; 64 << 10];
+    // Nothing that comes here is of use, so neither is an error; QEMU has ended the migration already.
+    while matches!(socket.read(&mut chunk), Ok(len) if len > 0) {}
+}
+
+fn decode(bytes: &[u8]) -> Result<Probed, DecodeError> {
+    let (Preamble { configuration }, mut at) = decode_preamble(bytes, 0)?;
+    let Some(configuration) = configuration else {
+        return Ok(Probed::Obstacle("its machine writes no configuration section".to_owned()));
+    };
+    let (ram, setup) = loop {
+        let (item, len) = decode_item(&bytes[at..], at as u64)?;
+        at += len;
+        match item {
+            Item::Section(header) if header.kind == SectionKind::Start && header.idstr == "ram" => {
+                let (setup, len) = decode_ram_setup(&bytes[at..], at as u64, BlockListVariant::default())?;
+                at += len;
+                break (header, setup);
+            }
+            // Its payload has no length, so what follows cannot be read; nor need it be.
+            Item::Section(header) => return Ok(Probed::Obstacle(obstacle(&header))),
+            Item::Command(Command::OpenReturnPath | Command::Ping(_)) => {}
+            other => {
+                let problem = format!("{other:?} stands before the RAM section");
+                return Err(wire::Fault::damaged(at as u64, "stream", problem).into());
+            }
+        }
+    };
+    // The first part tells that the setup is over: every handler that iterates has had its START by then.
+    loop {
+        let (item, len) = decode_item(&bytes[at..], at as u64)?;
+        at += len;
+        match item {
+            Item::Footer { section_id } if section_id == ram.section_id => {}
+            Item::Part { section_id } | Item::End { section_id } if section_id == ram.section_id => {
+                return Ok(Probed::Plain(Probe { configuration, ram, setup }));
+            }
+            Item::Section(header) => return Ok(Probed::Obstacle(obstacle(&header))),
+            other => return Ok(Probed::Obstacle(format!("its stream goes on with {other:?}"))),
+        }
+    }
+}
+
+fn obstacle(header: &SectionHeader) -> String {
+    let how = match header.kind {
+        SectionKind::Start => "hands its state over piece by piece",
+        SectionKind::Full => "hands its state over before the RAM",
+    };
+    format!("`{}` {how}, which QEMU alone can carry", header.idstr)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wire::IdStr;
+
+    fn header(kind: SectionKind, section_id: u32, name: &str) -> SectionHeader {
+        SectionHeader { kind, section_id, idstr: IdStr::new(name).unwrap(), instance_id: 0, version_id: 4 }
+    }
+
+    fn preamble() -> Vec<u8> {
+        let configuration = Some(Configuration::new(IdStr::new("pc-q35-10.0").unwrap()));
+        let mut bytes = Vec::new();
+        Preamble { configuration }.encode(&mut bytes);
+        bytes
+    }
+
+    fn setup() -> RamSetup {
+        let name = IdStr::new("pc.ram").unwrap();
+        let block = wire::qemu::BlockEntry { name, used_length: 1 << 30, page_size: None, address: None };
+        RamSetup { blocks: vec![block], multifd_flush: false }
+    }
+
+    fn with_ram(extra: impl Fn(&mut Vec<u8>)) -> Vec<u8> {
+        let mut bytes = preamble();
+        Item::Section(header(SectionKind::Start, 2, "ram")).encode(&mut bytes);
+        setup().encode(&mut bytes);
+        Item::Footer { section_id: 2 }.encode(&mut bytes);
+        extra(&mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn a_plain_guest_is_told_by_the_first_part() {
+        let bytes = with_ram(|bytes| Item::Part { section_id: 2 }.encode(bytes));
+        let Ok(Probed::Plain(probe)) = decode(&bytes) else { panic!("not plain") };
+        assert_eq!(probe.ram.section_id, 2);
+        assert_eq!(probe.setup.total(), 1 << 30);
+        // No prefix is enough, and none is refused.
+        for len in 0..bytes.len() {
+            assert!(matches!(decode(&bytes[..len]), Err(DecodeError::Incomplete { .. })), "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn other_iterating_and_early_handlers_are_obstacles() {
+        let vfio =
+            with_ram(|bytes| Item::Section(header(SectionKind::Start, 3, "0000:00:03.0/vfio")).encode(bytes));
+        let mut early = preamble();
+        Item::Section(header(SectionKind::Full, 9, "virtio-mem-early")).encode(&mut early);
+        for (bytes, reason) in [
+            (vfio, "`0000:00:03.0/vfio` hands its state over piece by piece, which QEMU alone can carry"),
+            (early, "`virtio-mem-early` hands its state over before the RAM, which QEMU alone can carry"),
+        ] {
+            assert_eq!(decode(&bytes), Ok(Probed::Obstacle(reason.to_owned())));
+        }
+    }
+}

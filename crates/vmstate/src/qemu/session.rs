@@ -1,0 +1,361 @@
+//! One job's dealings with one QEMU: what it switches, passes or stops is written down and put back.
+
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use io::Cancel;
+use serde_json::{Map, Value};
+
+use crate::net::QmpAddress;
+use crate::qmp::{Capability, Client, MigrationInfo, RunStatus, Version};
+use crate::{Error, Kind, Result};
+
+/// How long each step of putting things back may take; a QEMU that hangs must not hang its cleaner.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The capability that makes QEMU send `MIGRATION` events; the only one that may stay on for a probe.
+const EVENTS: &str = "events";
+
+/// A connection to QEMU together with everything that the job has changed there.
+///
+/// Whoever opens a session ends it with [`Session::settle`]; dropping it does the same, but cannot tell
+/// what went wrong.
+pub struct Session {
+    /// The connection.
+    pub client: Client,
+    /// QEMU's version.
+    pub version: Version,
+    /// Capabilities as they were found, where any was changed.
+    capabilities_found: Option<Vec<Capability>>,
+    /// The parameters that were changed, with the values found.
+    parameters_found: Map<String, Value>,
+    fdsets: Vec<u64>,
+    named_fds: Vec<String>,
+    migrating: bool,
+    /// Set while the guest is stopped by us.
+    stopped: bool,
+    settled: bool,
+}
+
+impl Session {
+    /// Connects and makes sure that no migration is under way.
+    ///
+    /// # Errors
+    /// As [`Client::connect`]; [`Kind::Peer`] where a migration is under way already.
+    pub fn open(address: &QmpAddress, cancel: &Cancel) -> Result<Session> {
+        Session::over(Client::connect(address, cancel)?)
+    }
+
+    /// As [`Session::open`], over a connection that is there already.
+    ///
+    /// # Errors
+    /// As [`Session::open`].
+    pub fn over(mut client: Client) -> Result<Session> {
+        let version = client.version()?;
+        let migration = client.migration()?;
+        if migration.is_under_way() {
+            return Err(Error::new(
+                Kind::Peer,
+                format!("a migration is under way already (status `{}`)", migration.status),
+            )
+            .hint("wait for it to end, or cancel it with migrate_cancel"));
+        }
+        Ok(Session {
+            client,
+            version,
+            capabilities_found: None,
+            parameters_found: Map::new(),
+            fdsets: Vec::new(),
+            named_fds: Vec::new(),
+            migrating: false,
+            stopped: false,
+            settled: false,
+        })
+    }
+
+    /// Whether QEMU knows a migration capability.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn knows_capability(&mut self, name: &str) -> Result<bool> {
+        Ok(self.client.capabilities()?.iter().any(|capability| capability.name == name))
+    }
+
+    /// Switches on exactly the capabilities `on` and `events`, every other one off, and sets `parameters`,
+    /// leaving out those that this QEMU does not have.
+    ///
+    /// Capabilities outlive migrations: one left on by somebody else (mapped-ram after libvirt restored the
+    /// guest) would make ours fail. What is found is remembered and put back by [`Session::settle`].
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn configure(&mut self, on: &[&str], parameters: &[(&str, Value)]) -> Result<()> {
+        let now = self.client.capabilities()?;
+        let changes: Vec<Capability> = now
+            .iter()
+            .filter_map(|capability| {
+                let wanted = capability.name == EVENTS || on.contains(&capability.name.as_str());
+                (wanted != capability.state).then(|| Capability { state: wanted, ..capability.clone() })
+            })
+            .collect();
+        if let Some(missing) = on.iter().find(|name| !now.iter().any(|c| c.name == **name)) {
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("QEMU {} has no migration capability `{missing}`", self.version),
+            ));
+        }
+        self.capabilities_found.get_or_insert(now);
+        if !changes.is_empty() {
+            self.client.set_capabilities(&changes)?;
+        }
+
+        let now = self.client.parameters()?;
+        let mut changes = Map::new();
+        for (name, value) in parameters {
+            match now.get(*name) {
+                Some(found) if found != value => {
+                    changes.insert((*name).to_owned(), value.clone());
+                    // The first value found is the one to go back to.
+                    self.parameters_found.entry(*name).or_insert_with(|| found.clone());
+                }
+                _ => {}
+            }
+        }
+        if !changes.is_empty() {
+            self.client.set_parameters(changes)?;
+        }
+        Ok(())
+    }
+
+    /// Gives QEMU a new set of descriptors and returns the set's number.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn add_fdset(&mut self, fds: &[BorrowedFd<'_>]) -> Result<u64> {
+        self.require_descriptors()?;
+        let mut fdset = None;
+        for fd in fds {
+            let number = self.client.add_fd(fdset, "vmstate", *fd)?;
+            if fdset.is_none() {
+                self.fdsets.push(number);
+            }
+            fdset = Some(number);
+        }
+        fdset.ok_or_else(|| Error::new(Kind::Misuse, "a descriptor set without descriptors"))
+    }
+
+    /// Takes a set of descriptors back.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn remove_fdset(&mut self, fdset: u64) -> Result<()> {
+        self.client.remove_fdset(fdset)?;
+        self.fdsets.retain(|number| *number != fdset);
+        Ok(())
+    }
+
+    /// Gives QEMU a descriptor under a name.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn give_fd(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
+        self.require_descriptors()?;
+        self.client.getfd(name, fd)?;
+        self.named_fds.push(name.to_owned());
+        Ok(())
+    }
+
+    /// Takes a named descriptor back.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn take_fd_back(&mut self, name: &str) -> Result<()> {
+        self.client.closefd(name)?;
+        self.named_fds.retain(|known| known != name);
+        Ok(())
+    }
+
+    fn require_descriptors(&self) -> Result<()> {
+        if self.client.passes_descriptors() {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Unsupported,
+            format!("descriptors cannot be passed to the QMP monitor at {}", self.client.name()),
+        )
+        .hint("give QEMU a second monitor on a unix socket: -qmp unix:PATH,server=on,wait=off"))
+    }
+
+    /// Starts an outgoing migration. A named descriptor in the URI is QEMU's from then on.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn migrate(&mut self, uri: &str) -> Result<()> {
+        self.client.migrate(uri)?;
+        self.migrating = true;
+        if let Some(name) = uri.strip_prefix("fd:") {
+            self.named_fds.retain(|known| known != name);
+        }
+        Ok(())
+    }
+
+    /// Waits until the migration has ended and returns how: `completed`, `failed` or `cancelled`.
+    ///
+    /// # Errors
+    /// As every QMP command; [`Kind::Peer`] where it takes longer than `timeout`.
+    pub fn migration_end(&mut self, timeout: Option<Duration>) -> Result<MigrationInfo> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        loop {
+            let info = self.client.migration()?;
+            if !info.is_under_way() {
+                self.migrating = false;
+                return Ok(info);
+            }
+            // An event that was queued before the query only costs one more query; one that comes after it
+            // ends the wait. Terminal states always send one.
+            loop {
+                let Some(event) = self.client.next_event(deadline)? else {
+                    return Err(Error::new(
+                        Kind::Peer,
+                        format!("QEMU's migration is still in state `{}`", info.status),
+                    ));
+                };
+                if event.name == "MIGRATION" {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Cancels the migration and waits until it is gone.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn cancel_migration(&mut self) -> Result<MigrationInfo> {
+        self.client.migrate_cancel()?;
+        self.migration_end(Some(SETTLE_TIMEOUT))
+    }
+
+    /// Pauses the guest and forgets the events up to then; returns the state it was in.
+    ///
+    /// # Errors
+    /// As every QMP command; [`Kind::Peer`] where the guest is not paused afterwards.
+    pub fn pause(&mut self) -> Result<RunStatus> {
+        let before = self.client.status()?;
+        if before.running {
+            // Owed even if the answer never comes: QEMU may have stopped all the same.
+            self.stopped = true;
+            self.client.stop()?;
+        }
+        let after = self.client.status()?;
+        if after.running {
+            return Err(Error::new(Kind::Peer, "the guest runs although it was stopped")
+                .hint("another client has resumed it; keep it from doing so during the save"));
+        }
+        self.client.take_events();
+        Ok(before)
+    }
+
+    /// Makes sure that the guest has stood still since [`Session::pause`]. Another client may resume it at
+    /// any time, and memory read from a running guest is worth nothing.
+    ///
+    /// # Errors
+    /// [`Kind::Peer`] where it has run, even for a moment.
+    pub fn verify_still(&mut self) -> Result<()> {
+        let status = self.client.status()?;
+        // The answer comes after every event that preceded it.
+        let moved = self.client.take_events().into_iter().find(|event| {
+            matches!(
+                event.name.as_str(),
+                "RESUME" | "RESET" | "SHUTDOWN" | "POWERDOWN" | "WAKEUP" | "GUEST_PANICKED"
+            )
+        });
+        let what = match (moved, status.running) {
+            (Some(event), _) => format!("event {}", event.name),
+            (None, true) => "it runs now".to_owned(),
+            (None, false) => return Ok(()),
+        };
+        // Whoever resumed it wants it to run: that state is not ours to undo.
+        self.stopped = self.stopped && !status.running;
+        Err(Error::new(Kind::Peer, format!("the guest did not stand still during the save ({what})"))
+            .hint("another client resumed or reset it; the image was given up, save again"))
+    }
+
+    /// The guest's new state is the one wanted: it is no longer owed its old one.
+    pub fn keep_paused(&mut self) {
+        self.stopped = false;
+    }
+
+    /// Resumes the guest if this session stopped it.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn resume(&mut self) -> Result<()> {
+        if self.stopped {
+            self.client.cont()?;
+            self.stopped = false;
+        }
+        Ok(())
+    }
+
+    /// Puts everything back: ends a migration, resumes a guest that is still owed that, takes back
+    /// descriptors, parameters and capabilities. Every step is tried even if one before it failed.
+    ///
+    /// # Errors
+    /// The first failure, with a hint what to do by hand.
+    pub fn settle(mut self) -> Result<()> {
+        self.put_back()
+    }
+
+    fn put_back(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.settled, true) {
+            return Ok(());
+        }
+        self.client.ignore_cancel(SETTLE_TIMEOUT);
+        let mut first = None;
+        let mut attempt = |result: Result<()>| {
+            if let Err(error) = result {
+                first.get_or_insert(error);
+            }
+        };
+        if self.migrating {
+            attempt(self.cancel_migration().map(drop));
+        }
+        let stopped = self.stopped;
+        // The guest first: the rest can wait, it cannot.
+        attempt(self.resume());
+        for name in std::mem::take(&mut self.named_fds) {
+            attempt(self.client.closefd(&name));
+        }
+        for fdset in std::mem::take(&mut self.fdsets) {
+            attempt(self.client.remove_fdset(fdset));
+        }
+        let parameters = std::mem::take(&mut self.parameters_found);
+        if !parameters.is_empty() {
+            attempt(self.client.set_parameters(parameters));
+        }
+        if let Some(found) = self.capabilities_found.take() {
+            attempt(self.restore_capabilities(&found));
+        }
+        match first {
+            None => Ok(()),
+            Some(error) if stopped && self.stopped => {
+                Err(error.hint("the guest may still be paused: resume it with the QMP command cont"))
+            }
+            Some(error) => Err(error),
+        }
+    }
+
+    fn restore_capabilities(&mut self, found: &[Capability]) -> Result<()> {
+        let now = self.client.capabilities()?;
+        let changes: Vec<Capability> = found.iter().filter(|c| !now.contains(c)).cloned().collect();
+        if changes.is_empty() { Ok(()) } else { self.client.set_capabilities(&changes) }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // The caller is on its way out with an error or a panic of its own, which says more than ours would.
+        drop(self.put_back());
+    }
+}

@@ -1,0 +1,262 @@
+//! The commands that vmstate uses, typed as far as it reads their answers.
+
+use std::os::fd::BorrowedFd;
+
+use serde_json::{Map, Value, json};
+
+use super::Client;
+use crate::{Error, Kind, Result};
+
+/// QEMU's version, as `query-version` tells it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    /// The first number.
+    pub major: u32,
+    /// The second.
+    pub minor: u32,
+    /// The third.
+    pub micro: u32,
+    /// The packager's addition, for example ` (Debian 1:10.0.2+ds-2)`.
+    pub package: String,
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+/// The answer of `query-status`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunStatus {
+    /// Whether the virtual CPUs run.
+    pub running: bool,
+    /// The run state, for example `paused`.
+    pub status: String,
+}
+
+/// A migration capability and whether it is on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capability {
+    /// For example `mapped-ram`.
+    pub name: String,
+    /// Whether it is on.
+    pub state: bool,
+}
+
+/// What vmstate reads of `query-migrate`.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct MigrationInfo {
+    /// For example `active`; empty where no migration has been tried.
+    pub status: String,
+    /// QEMU's own words where it failed.
+    pub error: Option<String>,
+}
+
+impl MigrationInfo {
+    /// Whether a migration is under way, so that another may not begin.
+    pub fn is_under_way(&self) -> bool {
+        !matches!(self.status.as_str(), "" | "none" | "completed" | "failed" | "cancelled")
+    }
+}
+
+fn unexpected(command: &str) -> Error {
+    Error::new(Kind::Peer, format!("QEMU answered {command} in an unknown form"))
+}
+
+impl Client {
+    /// `query-version`.
+    ///
+    /// # Errors
+    /// As every command here: [`Kind::Peer`], [`Kind::Io`] or [`Kind::Interrupted`].
+    pub fn version(&mut self) -> Result<Version> {
+        let answer = self.execute("query-version", json!({}))?;
+        let number = |key: &str| {
+            answer["qemu"][key]
+                .as_u64()
+                .and_then(|n| u32::try_from(n).ok())
+                .ok_or_else(|| unexpected("query-version"))
+        };
+        Ok(Version {
+            major: number("major")?,
+            minor: number("minor")?,
+            micro: number("micro")?,
+            package: answer["package"].as_str().unwrap_or_default().trim().to_owned(),
+        })
+    }
+
+    /// `query-status`.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn status(&mut self) -> Result<RunStatus> {
+        let answer = self.execute("query-status", json!({}))?;
+        match (answer["running"].as_bool(), answer["status"].as_str()) {
+            (Some(running), Some(status)) => Ok(RunStatus { running, status: status.to_owned() }),
+            _ => Err(unexpected("query-status")),
+        }
+    }
+
+    /// `stop`: pauses the virtual CPUs and flushes the disks. It may take as long as the disks do.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn stop(&mut self) -> Result<()> {
+        self.execute("stop", json!({})).map(drop)
+    }
+
+    /// `cont`.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn cont(&mut self) -> Result<()> {
+        self.execute("cont", json!({})).map(drop)
+    }
+
+    /// `quit`. QEMU may close the connection before it answers; that counts as done.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn quit(&mut self) -> Result<()> {
+        match self.execute("quit", json!({})) {
+            Err(error) if !matches!(error.kind(), Kind::Peer | Kind::Io) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// `query-migrate-capabilities`.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn capabilities(&mut self) -> Result<Vec<Capability>> {
+        let answer = self.execute("query-migrate-capabilities", json!({}))?;
+        let list = answer.as_array().ok_or_else(|| unexpected("query-migrate-capabilities"))?;
+        list.iter()
+            .map(|item| match (item["capability"].as_str(), item["state"].as_bool()) {
+                (Some(name), Some(state)) => Ok(Capability { name: name.to_owned(), state }),
+                _ => Err(unexpected("query-migrate-capabilities")),
+            })
+            .collect()
+    }
+
+    /// `migrate-set-capabilities`.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn set_capabilities(&mut self, capabilities: &[Capability]) -> Result<()> {
+        let list: Vec<_> =
+            capabilities.iter().map(|c| json!({"capability": c.name, "state": c.state})).collect();
+        self.execute("migrate-set-capabilities", json!({ "capabilities": list })).map(drop)
+    }
+
+    /// `query-migrate-parameters`.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn parameters(&mut self) -> Result<Map<String, Value>> {
+        match self.execute("query-migrate-parameters", json!({}))? {
+            Value::Object(map) => Ok(map),
+            _ => Err(unexpected("query-migrate-parameters")),
+        }
+    }
+
+    /// `migrate-set-parameters`.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn set_parameters(&mut self, parameters: Map<String, Value>) -> Result<()> {
+        self.execute("migrate-set-parameters", Value::Object(parameters)).map(drop)
+    }
+
+    /// `query-migrate`.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn migration(&mut self) -> Result<MigrationInfo> {
+        let answer = self.execute("query-migrate", json!({}))?;
+        Ok(MigrationInfo {
+            status: answer["status"].as_str().unwrap_or_default().to_owned(),
+            error: answer["error-desc"].as_str().map(str::to_owned),
+        })
+    }
+
+    /// `migrate` to a URI.
+    ///
+    /// # Errors
+    /// As [`Client::version`]; a target that cannot be opened or truncated fails here, not by an event.
+    pub fn migrate(&mut self, uri: &str) -> Result<()> {
+        self.execute("migrate", json!({ "uri": uri })).map(drop)
+    }
+
+    /// `migrate_cancel`; it only asks, the status tells when it is done.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn migrate_cancel(&mut self) -> Result<()> {
+        self.execute("migrate_cancel", json!({})).map(drop)
+    }
+
+    /// `getfd`: gives QEMU a descriptor under a name.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn getfd(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
+        self.execute_with("getfd", json!({ "fdname": name }), &[fd]).map(drop)
+    }
+
+    /// `closefd`: takes a named descriptor back. `fd:NAME` of a migration has consumed it already.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn closefd(&mut self, name: &str) -> Result<()> {
+        self.execute("closefd", json!({ "fdname": name })).map(drop)
+    }
+
+    /// `add-fd` into the set `fdset`, or into a new one; returns the set's number.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn add_fd(&mut self, fdset: Option<u64>, opaque: &str, fd: BorrowedFd<'_>) -> Result<u64> {
+        let mut arguments = json!({ "opaque": opaque });
+        if let Some(fdset) = fdset {
+            arguments["fdset-id"] = fdset.into();
+        }
+        let answer = self.execute_with("add-fd", arguments, &[fd])?;
+        answer["fdset-id"].as_u64().ok_or_else(|| unexpected("add-fd"))
+    }
+
+    /// `remove-fd` of a whole set.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn remove_fdset(&mut self, fdset: u64) -> Result<()> {
+        self.execute("remove-fd", json!({ "fdset-id": fdset })).map(drop)
+    }
+
+    /// A command of the human monitor; its answer is text.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn human(&mut self, command: &str) -> Result<String> {
+        let answer = self.execute("human-monitor-command", json!({ "command-line": command }))?;
+        answer.as_str().map(str::to_owned).ok_or_else(|| unexpected("human-monitor-command"))
+    }
+
+    /// `xen-save-devices-state` with `live` off: the state of every device that does not iterate, without
+    /// RAM, configuration section and vmdescription. Present in every build of QEMU since 1.1.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn save_devices_state(&mut self, filename: &str) -> Result<()> {
+        self.execute("xen-save-devices-state", json!({ "filename": filename, "live": false })).map(drop)
+    }
+
+    /// A QOM property that is a string.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn qom_string(&mut self, path: &str, property: &str) -> Result<String> {
+        let answer = self.execute("qom-get", json!({ "path": path, "property": property }))?;
+        answer.as_str().map(str::to_owned).ok_or_else(|| unexpected("qom-get"))
+    }
+}

@@ -1,0 +1,7 @@
+//! A QMP client: one connection, typed commands, events kept in order, descriptors passed along.
+
+mod client;
+mod commands;
+
+pub use client::{Client, Event, GREETING_TIMEOUT};
+pub use commands::{Capability, MigrationInfo, RunStatus, Version};

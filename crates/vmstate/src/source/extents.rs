@@ -1,0 +1,82 @@
+//! Which parts of a file have blocks on the disk, asked of the file system and never read.
+
+use std::fs::File;
+
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+use wire::FileRange;
+
+/// The data and holes of a file, remembered an extent at a time so that neighbouring questions cost one
+/// system call together.
+#[derive(Debug)]
+pub struct FileExtents<'a> {
+    file: &'a File,
+    len: u64,
+    /// The extent asked about last: `start..end`, and whether it is data.
+    last: (u64, u64, bool),
+}
+
+impl<'a> FileExtents<'a> {
+    /// The extents of `file`, which has `len` bytes.
+    pub fn new(file: &'a File, len: u64) -> FileExtents<'a> {
+        FileExtents { file, len, last: (0, 0, false) }
+    }
+
+    /// The extent that `offset` lies in: where it ends, and whether it is data. A file system that does not
+    /// tell has data everywhere.
+    pub fn at(&mut self, offset: u64) -> (u64, bool) {
+        let (start, end, _) = self.last;
+        if !(start..end).contains(&offset) {
+            self.last = self.ask(offset);
+        }
+        (self.last.1, self.last.2)
+    }
+
+    fn ask(&self, offset: u64) -> (u64, u64, bool) {
+        match seek(self.file, SeekFrom::Data(offset)) {
+            Ok(data) if data > offset => (offset, data, false),
+            Ok(_) => {
+                // Every file has a hole at its end, at the latest.
+                let end = seek(self.file, SeekFrom::Hole(offset)).unwrap_or(self.len);
+                (offset, end.max(offset + 1), true)
+            }
+            Err(Errno::NXIO) => (offset, self.len.max(offset + 1), false),
+            Err(_) => (offset, self.len.max(offset + 1), true),
+        }
+    }
+
+    /// How many bytes of `range` are data.
+    pub fn data_bytes(&mut self, range: FileRange) -> u64 {
+        let mut at = range.start;
+        let mut sum = 0;
+        while at < range.end {
+            let (end, is_data) = self.at(at);
+            let end = end.min(range.end);
+            if is_data {
+                sum += end - at;
+            }
+            at = end;
+        }
+        sum
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn holes_are_told_from_data() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(16 << 20).unwrap();
+        file.write_all_at(&[1; 4096], 1 << 20).unwrap();
+        file.write_all_at(&[1; 4096], 8 << 20).unwrap();
+        let mut extents = FileExtents::new(&file, 16 << 20);
+        let mut data = |start: u64, end: u64| extents.data_bytes(FileRange { start, end });
+        assert_eq!(data(0, 16 << 20), 8192);
+        assert_eq!(data(1 << 20, (1 << 20) + 4096), 4096);
+        assert_eq!(data(2 << 20, 8 << 20), 0);
+        assert_eq!(data(8 << 20, 16 << 20), 4096);
+    }
+}

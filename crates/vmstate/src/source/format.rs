@@ -1,0 +1,59 @@
+//! Telling formats apart by their first bytes.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use wire::DecodeError;
+use wire::qemu::decode_preamble;
+
+use super::mapped_ram::faulty;
+use crate::{Error, Kind, Result};
+
+/// How much of a file is looked at: the longest preamble has a few hundred bytes.
+const HEAD_LEN: u64 = 64 << 10;
+/// The magics of libvirt's save images, complete and not.
+const LIBVIRT_MAGICS: [&[u8]; 2] = [b"LibvirtQemudSave", b"LibvirtQemudPart"];
+
+/// The formats of images that vmstate reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Pages at fixed offsets of the file.
+    MappedRam,
+    /// One record after the other.
+    Stream,
+}
+
+impl Format {
+    /// The name on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::MappedRam => "mapped-ram",
+            Format::Stream => "stream",
+        }
+    }
+
+    /// The format of an open file.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] where it is no image; [`Kind::Unsupported`] for formats that are known but not
+    /// read; [`Kind::Misuse`] for what is no file.
+    pub fn of(file: &File, path: &Path) -> Result<Format> {
+        let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
+        let metadata = file.metadata().map_err(cannot)?;
+        if !metadata.is_file() {
+            return Err(Error::new(Kind::Misuse, format!("{} is not a regular file", path.display())));
+        }
+        let len = metadata.len().min(HEAD_LEN) as usize;
+        let mut head = vec![0; len];
+        file.read_exact_at(&mut head, 0).map_err(cannot)?;
+        if LIBVIRT_MAGICS.iter().any(|magic| head.starts_with(magic)) {
+            let clause = format!("{} is a save image of libvirt, which is not read yet", path.display());
+            return Err(Error::new(Kind::Unsupported, clause));
+        }
+        let (preamble, _) =
+            decode_preamble(&head, 0).map_err(DecodeError::at_end).map_err(|fault| faulty(path, fault))?;
+        let is_mapped = preamble.configuration.is_some_and(|configuration| configuration.is_mapped_ram());
+        Ok(if is_mapped { Format::MappedRam } else { Format::Stream })
+    }
+}
