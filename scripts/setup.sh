@@ -22,33 +22,16 @@ install() {
 qemu_major() { qemu-system-x86_64 --version 2> /dev/null | sed -n '1s/.*version \([0-9]*\).*/\1/p'; }
 qemu_is_new() { has qemu-system-x86_64 && has qemu-img && [ "$(qemu_major)" -ge 10 ]; }
 
-# Debian 12 has QEMU 10 in its backports. They come from where the machine gets its Debian: its own source entry
-# is copied with another suite, in whichever of the two formats it has.
-enable_backports() {
-    suite=$1
-    if apt-cache policy qemu-system-x86 | grep -q "$suite/main"; then return; fi
-    dir=/etc/apt/sources.list.d
-    for file in "$dir"/*.sources; do
-        [ -e "$file" ] || continue
-        entry=$(awk -v RS= -v release="${suite%-backports}" '/(^|\n)Types:[^\n]*deb( |\n|$)/ &&
-            $0 ~ "(^|\n)Suites:([^\n]* )?" release "( |\n|$)" { print; exit }' "$file")
-        [ -n "$entry" ] || continue
-        echo "$entry" | sed "s/^Suites:.*/Suites: $suite/" | as_root tee "$dir/vmstate-backports.sources" > /dev/null
-        return
-    done
-    entry=$(cat /etc/apt/sources.list "$dir"/*.list 2> /dev/null |
-        grep -E "^deb .* ${suite%-backports} .*main" | head -n 1)
-    [ -n "$entry" ] || die "found no source of ${suite%-backports} among apt's to take $suite from"
-    echo "$entry" | sed "s/ ${suite%-backports} / $suite /" | as_root tee "$dir/vmstate-backports.list" > /dev/null
-}
-
 install_qemu() {
     # shellcheck disable=SC1091
     case $(. /etc/os-release && echo "$VERSION_CODENAME") in
         bookworm)
+            # It is in the backports, which come from where the machine gets its Debian.
             update
-            enable_backports bookworm-backports
-            updated=
+            if ! apt-cache policy | grep -q n=bookworm-backports; then
+                as_root scripts/copy-source.sh bookworm bookworm-backports /etc/apt/sources.list.d/vmstate-backports
+                updated=
+            fi
             install -t bookworm-backports qemu-system-x86 qemu-utils ;;
         *) install qemu-system-x86 qemu-utils ;;
     esac
