@@ -24,6 +24,7 @@ test-full: test ## The above, old QEMUs, and a longer fuzz
 	@$(MAKE) --no-print-directory fuzz
 
 check: ## Format, lints, documentation and the checks of the tree
+	@cargo clippy --version > /dev/null 2>&1 && cargo fmt --version > /dev/null 2>&1 || rustup component add clippy rustfmt
 	@$(call timed,format,cargo fmt --check)
 	@$(call timed,lints,cargo clippy --quiet --workspace --all-targets -- -D warnings)
 	@$(call timed,documentation,RUSTDOCFLAGS='-D warnings' cargo doc --quiet --workspace --no-deps)

@@ -149,7 +149,7 @@ impl QemuSpec {
         }
         args.pair("-machine", machine).pair("-m", size);
         args.pair("-accel", "tcg").pair("-display", "none").flag("-nodefaults").flag("-no-reboot");
-        args.pair("-serial", prefixed("file:", &dir.join(SERIAL)));
+        args.pair("-serial", prefixed("file:", &QemuSpec::serial_path(dir)));
         if let Some(guest) = &self.guest {
             let image = dir.join(GUEST_IMAGE);
             guest.write_image(&image)?;
@@ -159,6 +159,11 @@ impl QemuSpec {
         }
         args.0.extend(self.extra.iter().cloned());
         Ok(args.0)
+    }
+
+    /// The console of a QEMU that was given the [`QemuSpec::machine_args`] of `dir`: follow it with [`Serial::open`].
+    pub fn serial_path(dir: &Path) -> PathBuf {
+        dir.join(SERIAL)
     }
 
     /// Starts it in a temporary directory of its own and waits until it answers on its QMP socket.
@@ -187,7 +192,7 @@ impl QemuSpec {
         }
         // Followed before QEMU runs, so that not a line of the console is missed.
         let stderr_path = dir.path().join(STDERR);
-        let serial = Serial::open(&dir.path().join(SERIAL), &stderr_path)?;
+        let serial = Serial::open(&QemuSpec::serial_path(dir.path()), &stderr_path)?;
         let stderr = File::create(&stderr_path).map_err(Error::file("create", &stderr_path))?;
         let child = Command::new(&self.program)
             .args(&args.0)

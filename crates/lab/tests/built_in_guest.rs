@@ -2,7 +2,7 @@
 
 mod qmp;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,28 +16,25 @@ use vmstate_lab::{
 /// Generous: a wait ends as soon as what it waits for has come.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// A guest whose RAM is a file that the test may read and write.
+/// A guest whose RAM the test may read and write: a memfd, opened by way of the process that holds it.
 struct Machine {
     qemu: Qemu,
     guest: Guest,
     ram: File,
-    _dir: tempfile::TempDir,
 }
 
 impl Machine {
     fn boot(machine: MachineKind, ram_mib: u64, settings: GuestSettings) -> Machine {
-        // RAM belongs in memory: the default directory for temporary files may lie on a disk.
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-        let path = dir.path().join("ram");
         let guest = Guest::new(settings);
         let spec = QemuSpec {
-            backend: MemoryBackend::File(path.clone()),
+            backend: MemoryBackend::Memfd,
             guest: Some(guest),
             ..QemuSpec::new(machine, ram_mib << 20)
         };
         let qemu = spec.start().unwrap();
-        let ram = File::options().read(true).write(true).open(&path).unwrap();
-        Machine { qemu, guest, ram, _dir: dir }
+        let ram = memfd_of(&qemu);
+        assert_eq!(ram.metadata().unwrap().len(), qemu.layout().ram_bytes());
+        Machine { qemu, guest, ram }
     }
 
     /// Stops the guest, verifies its memory, and lets it go on.
@@ -167,7 +164,9 @@ fn a_page_of_the_high_ram_is_reported_under_its_own_address() {
 
 #[test]
 fn every_backend_boots_with_one_or_two_sockets_and_leaves_nothing_behind() {
-    for backend in [MemoryBackend::Plain, MemoryBackend::Ram, MemoryBackend::Memfd] {
+    let dir = tempfile::tempdir().unwrap();
+    let file = MemoryBackend::File(dir.path().join("ram,1"));
+    for backend in [MemoryBackend::Plain, MemoryBackend::Ram, MemoryBackend::Memfd, file] {
         let spec = QemuSpec {
             backend: backend.clone(),
             second_qmp: true,
@@ -214,6 +213,18 @@ fn a_wait_for_a_guest_whose_qemu_was_killed_ends_at_once() {
         Err(Error::Ended { awaited, .. }) => assert_eq!(awaited, format!("round {}", u32::MAX)),
         other => panic!("{other:?}"),
     }
+}
+
+/// The one memfd that the process holds.
+fn memfd_of(qemu: &Qemu) -> File {
+    let descriptors =
+        fs::read_dir(process_dir(qemu.pid()).join("fd")).unwrap().map(|entry| entry.unwrap().path());
+    let is_memfd = |path: &PathBuf| {
+        // A descriptor may be closed between being listed and being looked at.
+        fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/memfd:"))
+    };
+    let path = descriptors.into_iter().find(is_memfd).expect("QEMU holds a memfd");
+    File::options().read(true).write(true).open(path).unwrap()
 }
 
 fn process_dir(pid: u32) -> PathBuf {
