@@ -1,1 +1,30 @@
-//! Conformance suites and tests that need real QEMUs; private.
+//! What the tests that need real QEMUs share: stock QEMU on its own, and images compared with each other.
+
+mod compare;
+mod stock;
+
+use std::path::Path;
+use std::time::Duration;
+
+use lab::{Guest, Pattern, RamLayout};
+use page::PageSet;
+use vmstate::source::MappedRamFile;
+
+pub use compare::{Difference, compare_images};
+pub use stock::{StockLoad, client, stock_load, stock_save};
+
+/// Generous: a wait ends as soon as what it waits for has come.
+pub const DEADLINE: Duration = Duration::from_secs(120);
+
+/// Verifies the memory of the built-in guest in an image, page by page.
+///
+/// # Panics
+/// When the image cannot be read, or its memory is not as the guest left it.
+pub fn verify_image(guest: &Guest, layout: &RamLayout, image: &Path) -> Pattern {
+    let image = MappedRamFile::open(image).unwrap_or_else(|error| panic!("{}", error.chain()));
+    let block = image.layout().blocks.iter().find(|block| block.name == "pc.ram");
+    let block = block.expect("the image has a `pc.ram`");
+    let pages: PageSet = image.pages(block).unwrap_or_else(|error| panic!("{}", error.chain()));
+    lab::verify(guest, layout, |offset, bytes| image.read_ram(block, &pages, offset, bytes))
+        .unwrap_or_else(|error| panic!("{}: {error}", image.path().display()))
+}
