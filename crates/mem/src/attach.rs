@@ -6,7 +6,7 @@ use page::PageSize;
 
 use crate::guest_ram::{Reach, Region};
 use crate::kind::{Backing, classify};
-use crate::maps::{Gap, Mappings};
+use crate::maps::{Gap, Mapping, Mappings};
 use crate::peer::{Peer, PeerError};
 use crate::remote::{RemoteSpan, read_spans};
 use crate::shared::{Identity, SharedBlock};
@@ -128,10 +128,11 @@ fn check_block(block: &BlockAddress) -> Result<PageSize, AttachReason> {
 /// Reads one byte of the process, to learn now and not in the middle of a save that it is forbidden.
 ///
 /// Looking into `/proc/PID` takes less permission than reading memory does (ptrace_scope, for one). The byte
-/// is one of a file's mapping, typically the program's first: looking at guest memory could allocate there.
+/// is one of a private file mapping, in practice the program's first: looking at guest memory could allocate
+/// there.
 pub(crate) fn try_reading(peer: &Peer, mappings: &Mappings) -> Result<(), PeerError> {
-    let file = mappings.as_slice().iter().find(|mapping| mapping.is_readable && mapping.inode != 0);
-    let Some(file) = file else { return Ok(()) };
+    let is_file = |mapping: &&Mapping| mapping.is_readable && !mapping.is_shared && mapping.inode != 0;
+    let Some(file) = mappings.as_slice().iter().find(is_file) else { return Ok(()) };
     let mut byte = 0u8;
     let span = RemoteSpan { remote: file.start, local: &raw mut byte, len: 1 };
     // SAFETY: the one local byte is this function's own.

@@ -72,8 +72,15 @@ impl Peer {
         let fail = |what| move |error: Errno| peer_error(pid, what, error.into());
         let pidfd = pidfd_open(number, PidfdFlags::empty()).map_err(fail("a handle"))?;
         let directory_flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = rustix::fs::open(format!("/proc/{pid}"), directory_flags, Mode::empty())
-            .map_err(fail("the directory in /proc"))?;
+        let directory = match rustix::fs::open(format!("/proc/{pid}"), directory_flags, Mode::empty()) {
+            Ok(directory) => directory,
+            // There was a process just now: /proc hides it (mount option hidepid), or it has ended since.
+            Err(Errno::NOENT) if !has_ended(&pidfd) => {
+                let hint = "/proc hides the processes of other users: run as its user, or as root".to_owned();
+                return Err(PeerError::Denied { pid, what: "the directory in /proc", hint });
+            }
+            Err(error) => return Err(fail("the directory in /proc")(error)),
+        };
         let start_time = read_start_time(&directory).map_err(|error| peer_error(pid, "the state", error))?;
         let peer = Peer { pid: number, pidfd, directory, start_time };
         // The pidfd was there first: as long as its process lives, the number was nobody else's meanwhile.
@@ -92,15 +99,7 @@ impl Peer {
 
     /// Whether the process has not ended. A zombie has.
     pub fn is_alive(&self) -> bool {
-        // A pidfd becomes readable when its process ends.
-        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        loop {
-            match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
-                Ok(ready) => return ready == 0,
-                Err(Errno::INTR) => {}
-                Err(_) => return false,
-            }
-        }
+        !has_ended(&self.pidfd)
     }
 
     /// Whether the process is alive and still the one that was opened.
@@ -153,6 +152,19 @@ impl Peer {
     /// Sorts an error about `what` of this process.
     pub(crate) fn error(&self, what: &'static str, error: io::Error) -> PeerError {
         peer_error(self.pid(), what, error)
+    }
+}
+
+/// Whether the process of a pidfd has ended, which makes the pidfd readable.
+fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    loop {
+        match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+            Ok(ready) => return ready > 0,
+            Err(Errno::INTR) => {}
+            // What cannot be watched cannot be relied on.
+            Err(_) => return true,
+        }
     }
 }
 

@@ -125,7 +125,8 @@ impl AnonymousRuns {
             Walk::Scan(walk) => walk.next_run()?,
             Walk::Entries(walk) => walk.next_run()?,
         };
-        // A process that ended has no pages left, which must not pass for a guest full of zeros.
+        // A process that ended has no pages left, which must not pass for a guest full of zeros. Kernels
+        // fail the walk then; nothing documents that they must.
         if found.is_none() && !self.peer.is_alive() {
             return Err(Errno::SRCH.into());
         }

@@ -20,7 +20,7 @@ const UNIT: usize = 64 << 10;
 unsafe impl Supply for GuestRam {
     /// Finds the data among the marked pages. The pages that are not marked are taken to be absent, as they
     /// are in the pieces that [`GuestRam::piece`] makes of [`GuestRam::windows`]: short gaps of them are
-    /// supplied as zeros.
+    /// supplied as zeros. To mark a page that is absent is sound, but allocates it in the guest.
     fn supply(&self, piece: &Piece, scratch: &mut Scratch) -> io::Result<Supplied> {
         let region = self.region(piece.region)?;
         check_piece(region, piece, scratch)?;

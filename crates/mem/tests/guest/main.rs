@@ -89,7 +89,7 @@ fn more_scattered_pages_than_one_call_reports_are_all_found() {
 }
 
 #[test]
-fn a_run_across_reads_of_pagemap_is_one_run() {
+fn a_run_across_reads_of_pagemap_is_found_whole() {
     // The entries of 256 MiB are read at a time; this run has its middle at their end.
     let mut process = Process::start();
     let memory = process.anonymous(300 * MIB);

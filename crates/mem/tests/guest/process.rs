@@ -14,7 +14,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use rustix::mm::{
     Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munmap,
 };
-use vmstate_mem::{BlockAddress, GuestRam, Peer};
+use vmstate_mem::{BlockAddress, GuestRam, Peer, PeerError};
 
 const VARIABLE: &str = "VMSTATE_MEM_TEST_CHILD";
 
@@ -230,9 +230,7 @@ fn look_into(pid: u32) -> String {
     let error = attached.expect_err("a process of another user");
     let holds = peer.holds(0, 0).expect_err("a process of another user");
     match holds {
-        vmstate_mem::PeerError::Denied { hint, .. } => {
-            format!("{error}; {holds_text}; {hint}", holds_text = "denied")
-        }
+        PeerError::Denied { hint, .. } => format!("{error}; denied; {hint}"),
         other => format!("{error}; {other}"),
     }
 }

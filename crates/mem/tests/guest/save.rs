@@ -4,8 +4,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use io::{Cancel, Counters, Draft, DraftOptions, LaneSettings, WriteLanes};
-use page::{PageCount, PageIndex, PageRange, PageSet};
+use io::{Cancel, Counters, Draft, DraftOptions, LaneSettings, Scratch, Supply, WriteLanes};
+use page::{Mask, PageCount, PageIndex, PageRange, PageSet};
 use vmstate_mem::GuestRam;
 
 use crate::process::{Memfd, Memory, Process, block};
@@ -147,6 +147,69 @@ fn untouched_memory_is_saved_by_writing_nothing() {
         assert_eq!(data.count(), PageCount(0));
     }
     assert_eq!(blocks(&process, memfd), 0);
+}
+
+/// Supplies the one window of a block of 1 MiB out of a scratch full of ones; gives the pages to write and
+/// their bytes.
+fn supply_once(process: &Process, memory: Memory) -> (Mask, Vec<u8>) {
+    let ram = GuestRam::attach(process.peer(), &[block("ram", memory)]).expect("a block");
+    let window = ram.windows(0).expect("presence").next().expect("a window").expect("a window");
+    let mut scratch = Scratch::new(MIB as usize).expect("a slab");
+    // SAFETY: the scratch is this test's own and holds a piece.
+    unsafe { scratch.as_mut_ptr().write_bytes(0xff, MIB as usize) };
+    let supplied = ram.supply(&ram.piece(0, &window, 0), &mut scratch).expect("the window");
+    let write = Mask(supplied.write);
+    let mut bytes = Vec::new();
+    for (start, end) in write.runs() {
+        for i in start * PAGE as usize..end * PAGE as usize {
+            // SAFETY: a byte of a page that was supplied; the scratch and the memory are still there.
+            bytes.push(unsafe { supplied.base.wrapping_add(i).read_volatile() });
+        }
+    }
+    assert_eq!(ram.data_pages(0).words(), write.0);
+    (write, bytes)
+}
+
+fn pages(ranges: &[(usize, usize)]) -> Mask {
+    ranges.iter().fold(Mask::EMPTY, |all, &(start, end)| all.or(Mask::range(start, end)))
+}
+
+#[test]
+fn crumbs_are_joined_by_zeros_whatever_the_scratch_held() {
+    let mut process = Process::start();
+    let memories =
+        [process.anonymous(MIB), process.memfd(MIB, true).memory, process.memfd(MIB, false).memory];
+    for memory in memories {
+        for (from, to, byte) in [(3, 4, 1), (7, 8, 2), (9, 12, 0), (40, 41, 3)] {
+            process.fill(memory, from * PAGE, to * PAGE, byte);
+        }
+        let (write, bytes) = supply_once(&process, memory);
+        // Pages 4 to 6 were never touched; 9 to 12 are there and zero; 40 is too far away to be joined.
+        assert_eq!(write, pages(&[(3, 8), (40, 41)]));
+        let expected: Vec<u8> = [1, 0, 0, 0, 2, 3].iter().flat_map(|byte| [*byte; PAGE as usize]).collect();
+        assert!(bytes == expected, "the gap between the crumbs is not zero");
+    }
+}
+
+#[test]
+fn large_runs_of_a_memfd_are_supplied_where_they_are() {
+    let mut process = Process::start();
+    let memory = process.memfd(MIB, true).memory;
+    process.fill(memory, 0, 32 * PAGE, 1);
+    process.fill(memory, 34 * PAGE, 60 * PAGE, 2);
+    let (write, _) = supply_once(&process, memory);
+    // The hole of two pages between them is neither written nor touched.
+    assert_eq!(write, pages(&[(0, 32), (34, 60)]));
+}
+
+#[test]
+fn zeros_that_are_there_join_runs_in_place() {
+    let mut process = Process::start();
+    let memory = process.memfd(MIB, true).memory;
+    process.fill(memory, 0, 40 * PAGE, 1);
+    process.fill(memory, 20 * PAGE, 23 * PAGE, 0);
+    let (write, _) = supply_once(&process, memory);
+    assert_eq!(write, pages(&[(0, 40)]));
 }
 
 /// How many blocks of 512 bytes the memfd takes.
