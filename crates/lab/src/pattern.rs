@@ -347,7 +347,7 @@ mod tests {
     fn every_kind_of_damage_names_its_page() {
         type Damage = fn(&mut Memory);
         let wrong = |page, first, last| Fault::Wrong { page, first, last };
-        let cases: [(&str, Damage, Fault); 8] = [
+        let cases: [(&str, Damage, Fault); 9] = [
             ("a lost page", |memory| memory.pages[2] = [0; PAGE_BYTES], wrong(0x202, 0, 0)),
             ("a lost first page", |memory| memory.pages[0] = [0; PAGE_BYTES], wrong(0x200, 0, 0)),
             (
@@ -374,6 +374,14 @@ mod tests {
                 "a torn page behind the cursor",
                 |memory| memory.begin(6, 5),
                 Fault::Torn { page: 0x206, first_round: 5, last_round: 4 },
+            ),
+            (
+                "a page begun at the cursor that ends two rounds old",
+                |memory| {
+                    memory.write(5, 3);
+                    memory.begin(5, 5);
+                },
+                Fault::Torn { page: 0x205, first_round: 5, last_round: 3 },
             ),
             (
                 "a flipped byte in the middle",
