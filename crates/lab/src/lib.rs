@@ -6,9 +6,12 @@
 //! - [`QemuSpec`] describes a QEMU, [`Qemu`] is one that runs, [`Serial`] follows its console.
 //! - [`LinuxGuest`] is a kernel and an initramfs that keep printing the digest of a file in RAM.
 //!
-//! Nothing here issues a QMP command: that is the caller's business.
+//! - [`mod@demo`] shows the main job on the built-in guest.
+//!
+//! But for the demonstration, nothing here issues a QMP command: that is the caller's business.
 
 mod assets;
+pub mod demo;
 mod error;
 mod guest;
 mod layout;

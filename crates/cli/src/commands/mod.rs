@@ -1,6 +1,7 @@
 //! One file per command: each turns its arguments into a job's settings and its report into words.
 
 mod check;
+mod demo;
 mod info;
 mod restore;
 mod save;
@@ -26,7 +27,7 @@ pub fn run(args: Args) -> vmstate::Result<Outcome> {
         Command::Restore(args) => restore::run(args),
         Command::Info(args) => info::run(&args),
         Command::Check(args) => check::run(&args),
-        Command::Demo(_) => unreachable!(),
+        Command::Demo(args) => demo::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "vmstate", &mut std::io::stdout());
             Ok(Outcome::Done)
