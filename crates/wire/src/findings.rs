@@ -76,6 +76,11 @@ impl Findings {
         self.collect
     }
 
+    /// The fault that was collected last.
+    pub fn last(&self) -> Option<&Fault> {
+        self.report.faults.last()
+    }
+
     /// What was collected.
     pub fn into_report(self) -> Report {
         self.report

@@ -81,6 +81,8 @@ struct State {
     device_state_at: u64,
     device_state_end: u64,
     vmdesc: Option<FileRange>,
+    /// Whether a survey could not follow the stream to here.
+    is_lost: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -136,6 +138,7 @@ impl LayoutDecoder {
             device_state_at: 0,
             device_state_end: 0,
             vmdesc: None,
+            is_lost: false,
         };
         LayoutDecoder {
             state,
@@ -236,7 +239,7 @@ impl LayoutDecoder {
             let problem = "names no capability `mapped-ram`: this is a plain stream";
             return Err(Fault::unsupported(self.at, "configuration", problem).into());
         }
-        self.state.variant.ignore_shared = configuration.is_some_and(|c| c.ignores_shared());
+        self.state.variant = BlockListVariant::of(configuration);
         self.state.page_size = configuration.and_then(|c| c.page_size());
         self.state.preamble = Some(preamble);
         self.at += len as u64;
@@ -449,10 +452,13 @@ impl LayoutDecoder {
                 self.findings.note(Fault::damaged(end, "device state", problem))?;
             }
         }
-        let run = FileRange { start: self.state.run_start.min(self.file_len), end: self.file_len };
-        self.state.regions.push((run, Region::Stream));
-        self.check_overlaps()?;
         self.phase = Phase::Done;
+        // Where the stream goes after it was lost is unknown, and so is what it overlaps.
+        if !self.state.is_lost {
+            let run = FileRange { start: self.state.run_start.min(self.file_len), end: self.file_len };
+            self.state.regions.push((run, Region::Stream));
+            self.check_overlaps()?;
+        }
         Ok(())
     }
 
@@ -491,15 +497,27 @@ impl LayoutDecoder {
         })
     }
 
-    /// Gives up on the stream and looks at the end of the file, for a survey.
-    pub(super) fn skip_to_tail(&mut self) -> bool {
-        if matches!(self.phase, Phase::Tail { .. } | Phase::Done) {
+    /// Notes a fault behind which the stream cannot be followed, and turns to the end of the file; `false`
+    /// where that is what failed.
+    pub(super) fn abandon(&mut self, fault: Fault) -> bool {
+        // Only a survey abandons: its findings take every fault. The end of the file may be what failed
+        // already, and is not worth a second line.
+        if self.findings.last() != Some(&fault) {
+            let _ = self.findings.note(fault);
+        }
+        if self.state.is_lost || matches!(self.phase, Phase::Tail { .. } | Phase::Done) {
             return false;
         }
+        self.state.is_lost = true;
         self.state.device_state_at = self.at.min(self.file_len);
         self.wanted = None;
         self.phase = Phase::Tail { len: TAIL_LEN };
         true
+    }
+
+    /// Whether the stream could not be followed to the end of RAM.
+    pub(super) fn is_lost(&self) -> bool {
+        self.state.is_lost
     }
 
     /// The vmdescription, where the end of the file was looked at.

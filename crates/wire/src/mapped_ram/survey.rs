@@ -1,7 +1,7 @@
 //! All that is wrong with an image, not only the first of it.
 
 use crate::qemu::format::VMDESCRIPTION_HEADER_LEN;
-use crate::{Fault, FileRange, Report};
+use crate::{FileRange, Report};
 
 use super::decode::{LayoutDecoder, Step};
 use super::layout::{BlockPlacement, Layout};
@@ -27,7 +27,6 @@ pub enum SurveyStep {
 #[derive(Clone, Debug)]
 pub struct LayoutSurvey {
     decoder: LayoutDecoder,
-    fatal: Vec<Fault>,
     layout: Option<Layout>,
     is_done: bool,
 }
@@ -35,7 +34,7 @@ pub struct LayoutSurvey {
 /// What a survey of an image found.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayoutReport {
-    /// The faults.
+    /// The faults, in the order in which they were met: the first is what [`LayoutDecoder`] refuses.
     pub report: Report,
     /// The layout, where the stream could be followed to its end. With faults, its ranges may overlap.
     pub layout: Option<Layout>,
@@ -49,7 +48,7 @@ impl LayoutSurvey {
     /// A survey of the image whose magic stands at `stream_start` of a file of `file_len` bytes.
     pub fn new(stream_start: u64, file_len: u64) -> LayoutSurvey {
         let decoder = LayoutDecoder::surveying(stream_start, file_len);
-        LayoutSurvey { decoder, fatal: Vec::new(), layout: None, is_done: false }
+        LayoutSurvey { decoder, layout: None, is_done: false }
     }
 
     /// Says what is needed next.
@@ -58,11 +57,11 @@ impl LayoutSurvey {
             match self.decoder.step() {
                 Ok(Step::Need { offset, len }) => return SurveyStep::Need { offset, len },
                 Ok(Step::Done(layout)) => {
-                    // After a fault that ended the stream, what the decoder made up of the rest is no layout.
-                    self.layout = self.fatal.is_empty().then_some(*layout);
+                    // What a decoder that lost the stream makes of the rest is no layout.
+                    self.layout = (!self.decoder.is_lost()).then_some(*layout);
                     self.is_done = true;
                 }
-                Err(fault) => self.failed(fault),
+                Err(fault) => self.is_done = !self.decoder.abandon(fault),
             }
         }
         SurveyStep::Done
@@ -71,16 +70,8 @@ impl LayoutSurvey {
     /// Passes the bytes that were asked for, or as many of them as one read gave.
     pub fn supply(&mut self, bytes: &[u8]) {
         if let Err(fault) = self.decoder.supply(bytes) {
-            self.failed(fault);
+            self.is_done = !self.decoder.abandon(fault);
         }
-    }
-
-    fn failed(&mut self, fault: Fault) {
-        let said = self.fatal.contains(&fault);
-        if !said {
-            self.fatal.push(fault);
-        }
-        self.is_done = !self.decoder.skip_to_tail();
     }
 
     /// What was found.
@@ -90,10 +81,7 @@ impl LayoutSurvey {
             .decoder
             .vmdesc()
             .map(|range| FileRange { start: range.start + VMDESCRIPTION_HEADER_LEN as u64, end: range.end });
-        let mut report = self.decoder.into_report();
-        for fault in self.fatal {
-            report.push(fault);
-        }
+        let report = self.decoder.into_report();
         LayoutReport { report, layout: self.layout, blocks, vmdesc_json }
     }
 }

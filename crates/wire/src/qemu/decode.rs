@@ -220,11 +220,12 @@ pub(crate) fn decode_block_entry(
 ) -> Result<BlockEntry, DecodeError> {
     let name = cursor.counted_string("RAM block name")?;
     let used_length = cursor.be64("RAM block length")?;
-    let page_size = if variant.postcopy { decode_block_page_size(cursor)? } else { None };
-    let address = match variant.ignore_shared {
-        true => Some(cursor.be64("RAM block address")?),
-        false => None,
-    };
+    let (mut page_size, mut address) = (None, None);
+    match variant {
+        BlockListVariant::Plain => {}
+        BlockListVariant::Postcopy => page_size = decode_block_page_size(cursor)?,
+        BlockListVariant::IgnoreShared => address = Some(cursor.be64("RAM block address")?),
+    }
     Ok(BlockEntry { name, used_length, page_size, address })
 }
 

@@ -4,18 +4,33 @@ use std::collections::HashSet;
 
 use crate::{Fault, Findings, IdStr};
 
+use super::Configuration;
 use super::format::{RAM_BLOCKS_MAX, RAM_FLAGS_MASK, RAM_LEN_MAX};
 
-/// Which optional fields the entries of a block list have. Nothing in the list itself tells.
+/// Which optional field the entries of a block list have. Nothing in the list itself tells.
 ///
-/// The mapped-ram header, which follows an entry when that capability is on, is read by
-/// [`crate::mapped_ram`], since the stream goes on elsewhere in the file then.
+/// The two capabilities exclude each other in every QEMU. The mapped-ram header, which follows an entry
+/// when that capability is on, is read by [`crate::mapped_ram`], since the stream goes on elsewhere in
+/// the file then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct BlockListVariant {
+pub enum BlockListVariant {
+    /// None.
+    #[default]
+    Plain,
     /// `postcopy-ram` is on: blocks with pages other than the host's tell their page size.
-    pub postcopy: bool,
+    Postcopy,
     /// `x-ignore-shared` is on: every block tells its guest-physical address.
-    pub ignore_shared: bool,
+    IgnoreShared,
+}
+
+impl BlockListVariant {
+    /// The variant that a configuration announces; postcopy is announced by a command instead.
+    pub fn of(configuration: Option<&Configuration>) -> BlockListVariant {
+        match configuration.is_some_and(Configuration::ignores_shared) {
+            true => BlockListVariant::IgnoreShared,
+            false => BlockListVariant::Plain,
+        }
+    }
 }
 
 /// A RAM block as the list has it.

@@ -359,12 +359,12 @@ impl Machine {
 
     fn preamble(&mut self, source: &[u8]) -> Result<(Found, usize), DecodeError> {
         let (preamble, len) = decode_preamble(source, self.at)?;
+        self.variant = BlockListVariant::of(preamble.configuration.as_ref());
         if let Some(configuration) = &preamble.configuration {
             if configuration.is_mapped_ram() {
                 let problem = "the stream has its pages at fixed offsets: read it as a mapped-ram image";
                 return Err(Fault::unsupported(self.at, "configuration", problem).into());
             }
-            self.variant.ignore_shared = configuration.ignores_shared();
             self.page_size = configuration.page_size().unwrap_or(self.page_size);
         }
         self.phase = Phase::Items(Progress::NoRam);
@@ -387,7 +387,11 @@ impl Machine {
             }
             Item::Command(command) => {
                 match command {
-                    Command::PostcopyAdvise(_) => self.variant.postcopy = true,
+                    Command::PostcopyAdvise(_) if self.variant == BlockListVariant::IgnoreShared => {
+                        let problem = "announces postcopy, which excludes `x-ignore-shared`";
+                        return Err(Fault::damaged(at, "command", problem).into());
+                    }
+                    Command::PostcopyAdvise(_) => self.variant = BlockListVariant::Postcopy,
                     Command::OpenReturnPath | Command::Ping(_) | Command::SwitchoverStart => {}
                     // What follows these is a conversation, not an image.
                     _ => {

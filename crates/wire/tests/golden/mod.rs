@@ -60,3 +60,22 @@ pub fn layout(file: &[u8], stream_start: u64) -> Result<Layout, Fault> {
 pub fn at(file: &[u8], range: FileRange) -> &[u8] {
     &file[range.start as usize..range.end as usize]
 }
+
+/// A golden file in the form of the fuzz target `layout`: be32 length, then pieces of be32 offset, be16
+/// length and bytes.
+pub fn sparse(name: &str) -> Vec<u8> {
+    let file = load(name);
+    let mut packed = (file.len() as u32).to_be_bytes().to_vec();
+    let mut at = 0;
+    while at < file.len() {
+        // Pieces begin at a byte that is not zero and end before 64 zeroes.
+        let Some(start) = file[at..].iter().position(|byte| *byte != 0).map(|i| at + i) else { break };
+        let limit = &file[start..file.len().min(start + 0x8000)];
+        let len = limit.windows(64).position(|gap| gap == [0; 64]).unwrap_or(limit.len());
+        packed.extend_from_slice(&(start as u32).to_be_bytes());
+        packed.extend_from_slice(&(len as u16).to_be_bytes());
+        packed.extend_from_slice(&file[start..start + len]);
+        at = start + len;
+    }
+    packed
+}

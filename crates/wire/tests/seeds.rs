@@ -1,0 +1,81 @@
+//! The seeds of the fuzz targets are cut from the golden files.
+
+mod golden;
+
+use std::path::Path;
+
+/// The seeds: target, name, bytes.
+fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
+    let stream = golden::load("q35-10.0-stream");
+    let shared = golden::load("q35-10.0-stream-ignore-shared-uuid");
+    let xen = golden::load("q35-10.0-xen");
+    let with = |first: &[u8], rest: &[u8]| [first, rest].concat();
+    // A short stream: the list of blocks, the first page and what surrounds it, no device state.
+    let image = golden::sparse("q35-10.0-mapped-ram");
+    vec![
+        ("preamble", "q35-10.0-stream", stream[..0x19].to_vec()),
+        ("preamble", "q35-10.0-stream-ignore-shared-uuid", shared[..0x72].to_vec()),
+        ("item", "start-of-ram", stream[0x18..0x29].to_vec()),
+        ("item", "switchover-start", vec![8, 0, 11, 0, 0]),
+        ("item", "ram-discard", b"\x08\0\x06\0\x1a\0\x06pc.ram\0\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\x10\0".to_vec()),
+        ("block_list", "q35-10.0-stream", with(&[0], &stream[0x29..0xbd])),
+        ("stream", "q35-10.0-stream", with(&[255], &stream[..0x2200])),
+        ("device_split", "q35-10.0-xen-head", with(&xen[8..0xae1], &[0])),
+        ("device_split", "two-ways", two_ways()),
+        ("description", "small", br#"{"devices":[{"name":"a","instance_id":0,"fields":[{"name":"f","type":"struct","size":3,"array_len":2,"struct":{"vmsd_name":"s","version":1,"fields":[]}}],"subsections":[{"vmsd_name":"a/b","version":1,"fields":[]}]}],"vmstate":{"k":[1]}}"#.to_vec()),
+        ("layout", "q35-10.0-mapped-ram", image[..].to_vec()),
+        ("bitmap", "pc.bios", vec![0, 3, 0, 0, 0xfe, 0xff, 0xff, 0xff, 0xff, 0xff]),
+    ]
+}
+
+/// Device state that can be read as sections b, c, d or as b, e.
+fn two_ways() -> Vec<u8> {
+    let head = |id: u8, name: u8| vec![4, 0, 0, 0, id, 1, name, 0, 0, 0, 0, 0, 0, 0, 1];
+    let footer = |id: u8| vec![0x7e, 0, 0, 0, id];
+    [
+        head(1, b'b'),
+        footer(1),
+        head(2, b'c'),
+        footer(2),
+        head(3, b'd'),
+        footer(1),
+        head(3, b'e'),
+        footer(3),
+        vec![0],
+    ]
+    .concat()
+}
+
+#[test]
+fn seeds_are_cut_from_the_goldens() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds");
+    let write = std::env::var_os("WIRE_WRITE_SEEDS").is_some();
+    for (target, name, bytes) in seeds() {
+        let path = folder.join(target).join(name);
+        if write {
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, &bytes).unwrap();
+        }
+        let found = std::fs::read(&path)
+            .unwrap_or_else(|error| panic!("{}: {error}; WIRE_WRITE_SEEDS=1 writes it", path.display()));
+        assert!(found == bytes, "{} differs; WIRE_WRITE_SEEDS=1 writes it again", path.display());
+    }
+}
+
+#[test]
+fn every_seed_passes_its_target() {
+    for (target, _, bytes) in seeds() {
+        let run = match target {
+            "preamble" => wire::fuzz::preamble,
+            "item" => wire::fuzz::item,
+            "block_list" => wire::fuzz::block_list,
+            "stream" => wire::fuzz::stream,
+            "device_split" => wire::fuzz::device_split,
+            "description" => wire::fuzz::description,
+            "layout" => wire::fuzz::layout,
+            "bitmap" => wire::fuzz::bitmap,
+            other => panic!("there is no target {other}"),
+        };
+        run(&bytes);
+    }
+}
