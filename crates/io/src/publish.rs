@@ -70,12 +70,15 @@ impl Draft {
         let (directory, partial, name) = (&self.directory, &self.partial_name, &self.name);
         match renameat_with(directory, partial, directory, name, RenameFlags::NOREPLACE) {
             // Some network file systems do not know the flag; a second link refuses a taken name as well.
-            Err(Errno::INVAL | Errno::NOSYS) => {
-                linkat(directory, partial, directory, name, AtFlags::empty())?;
-                unlinkat(directory, partial, AtFlags::empty())
-            }
+            Err(Errno::INVAL | Errno::NOSYS) => self.link_without_replacing(),
             renamed => renamed,
         }
+    }
+
+    fn link_without_replacing(&self) -> Result<(), Errno> {
+        let (directory, partial, name) = (&self.directory, &self.partial_name, &self.name);
+        linkat(directory, partial, directory, name, AtFlags::empty())?;
+        unlinkat(directory, partial, AtFlags::empty())
     }
 
     fn sync_directory(&self) -> Result<(), DraftError> {
@@ -160,6 +163,20 @@ mod tests {
         let options = DraftOptions { sync: false, ..DraftOptions::default() };
         let draft = Draft::create(&directory.path().join("vm.img"), options).expect("a draft");
         assert_eq!(crash_after(draft, 9), [DraftStep::Rename]);
+    }
+
+    #[test]
+    fn linking_takes_the_place_of_renaming_and_refuses_a_taken_name() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("vm.img");
+        let draft = Draft::create(&path, DraftOptions::default()).expect("a draft");
+        fs::write(&path, "somebody else's").expect("a file");
+        assert_eq!(draft.link_without_replacing(), Err(Errno::EXIST));
+        assert!(draft.partial_path().exists());
+        fs::remove_file(&path).expect("the file");
+        assert_eq!(draft.link_without_replacing(), Ok(()));
+        assert_eq!(draft.is_ours(&draft.name), Ok(true));
+        assert!(!draft.partial_path().exists());
     }
 
     #[test]

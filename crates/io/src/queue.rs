@@ -88,3 +88,31 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PIECE: Piece = Piece { region: 0, offset: 0, target: 0, grain: 4096, len: 0, mask: [0; 4] };
+
+    #[test]
+    fn the_first_failure_is_kept_and_ends_both_sides() {
+        let queue = Queue::new(1);
+        queue.push(PIECE).expect("room");
+        queue.fail(LaneError::Panicked { lane: 3, message: "first".to_owned() });
+        queue.fail(LaneError::Cancelled);
+        assert_eq!(queue.failure().expect("a failure").to_string(), "lane 3 panicked: first");
+        // The queue is full, and neither side waits any more.
+        assert_eq!(queue.push(PIECE).expect_err("a failure").to_string(), "lane 3 panicked: first");
+        assert_eq!(queue.pop(), None);
+    }
+
+    #[test]
+    fn a_closed_queue_is_emptied_before_it_ends() {
+        let queue = Queue::new(2);
+        queue.push(PIECE).expect("room");
+        queue.close();
+        assert_eq!(queue.pop(), Some(PIECE));
+        assert_eq!(queue.pop(), None);
+    }
+}

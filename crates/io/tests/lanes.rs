@@ -353,6 +353,17 @@ fn lanes_cancelled_before_the_first_piece_write_nothing() {
 }
 
 #[test]
+fn lanes_cancelled_while_they_wait_end_as_cancelled() {
+    let bytes = Arc::default();
+    let run =
+        Run::new(LaneTarget { direct: None, buffered: scripted(&bytes, false, |_, n| Answer::Take(n)) });
+    run.cancel.cancel();
+    // Nothing is dealt, so no lane ever looks at the switch.
+    let (_, ended, _) = run.go(&[]);
+    assert!(matches!(ended, Err(LaneError::Cancelled)), "{ended:?}");
+}
+
+#[test]
 fn panics_in_a_lane_become_errors() {
     let beyond = |_: &Piece, base: *mut u8| Ok(Supplied { base: base.cast_const(), write: [0b10, 0, 0, 0] });
     let panicking = |piece: &Piece, _: *mut u8| -> io::Result<Supplied> { panic!("at {:#x}", piece.offset) };
