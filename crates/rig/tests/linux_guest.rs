@@ -1,0 +1,89 @@
+//! The second witness: a Linux guest with two processors, disk, network, graphics, USB, balloon and random
+//! numbers goes from vmstate's image into stock QEMU, from stock QEMU's image through vmstate into a third
+//! QEMU, and keeps counting with the same digest of its memory.
+
+use std::path::Path;
+
+use lab::{Count, Incoming, LinuxGuest, LinuxSettings, MachineKind, MemoryBackend, Qemu, QemuSpec};
+use vmstate::net::QmpAddress;
+use vmstate::{Cancel, DirectIo, Record, RestoreSettings, SaveSettings, Target, Then, Unobserved, Via};
+use vmstate_rig::{DEADLINE, StockLoad, client, stock_load, stock_save};
+
+/// Every device that the issue of ordinary guests is about.
+const DEVICES: &str = "-smp 2 -device VGA -device qemu-xhci -device usb-tablet -device virtio-balloon-pci \
+                       -device virtio-rng-pci -netdev user,id=net -device virtio-net-pci,netdev=net";
+
+fn spec(machine: MachineKind, backend: MemoryBackend, dir: &Path) -> QemuSpec {
+    let linux = LinuxGuest::build(dir, LinuxSettings { disk: true, ..LinuxSettings::default() }).unwrap();
+    let mut extra = linux.args();
+    extra.extend(DEVICES.split_whitespace().map(Into::into));
+    QemuSpec { backend, guest: None, extra, ..QemuSpec::new(machine, 512 << 20) }
+}
+
+/// The guest's next line, which must go on from `last` with the same digest.
+fn next(qemu: &mut Qemu, last: Option<&Count>) -> Count {
+    let mut failures = Vec::new();
+    let count = qemu
+        .wait_for_line("count", DEADLINE, |line| {
+            failures.extend(line.starts_with("F ").then(|| line.to_owned()));
+            Count::parse(line)
+        })
+        .unwrap();
+    assert_eq!(failures, Vec::<String>::new());
+    if let Some(last) = last {
+        assert_eq!(count.digest, last.digest, "the file in the guest's memory has changed");
+        assert!(count.counter > last.counter, "{count:?} after {last:?}");
+        assert!(count.counter <= last.counter + 2, "{count:?} after {last:?}: lines were lost");
+    }
+    count
+}
+
+fn check(machine: MachineKind, backend: MemoryBackend) {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let spec = spec(machine, backend, dir.path());
+    let (ours, theirs) = (dir.path().join("ours.img"), dir.path().join("theirs.img"));
+
+    let mut first = spec.start().unwrap();
+    let mut count = next(&mut first, None);
+    count = next(&mut first, Some(&count));
+    let settings = SaveSettings {
+        via: Via::Direct,
+        then: Then::Quit,
+        ..SaveSettings::new(QmpAddress::Unix(first.qmp_path()), &ours)
+    };
+    let saved = vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved);
+    saved.unwrap_or_else(|error| panic!("{}", error.chain()));
+    first.wait(DEADLINE).unwrap();
+    assert!(vmstate::check(&ours).unwrap().report.is_clean());
+
+    let mut second = stock_load(&spec, &ours, StockLoad::BEST);
+    count = next(&mut second, Some(&count));
+    count = next(&mut second, Some(&count));
+    stock_save(&second, &theirs, StockLoad::BEST);
+    drop(second);
+
+    let mut third = QemuSpec { incoming: Incoming::Defer, ..spec }.start().unwrap();
+    let settings = RestoreSettings {
+        image: theirs,
+        target: Target::Waiting(QmpAddress::Unix(third.qmp_path())),
+        channels: Some(3),
+        direct_io: DirectIo::Auto,
+        record: Record::Running,
+    };
+    let restored = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved);
+    let restored = restored.unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!(restored.run_state, "running");
+    count = next(&mut third, Some(&count));
+    next(&mut third, Some(&count));
+    assert!(client(&third).status().unwrap().running);
+}
+
+#[test]
+fn a_linux_guest_on_q35_with_private_memory_survives_both_ways() {
+    check(MachineKind::Q35, MemoryBackend::Plain);
+}
+
+#[test]
+fn a_linux_guest_on_pc_with_a_memfd_survives_both_ways() {
+    check(MachineKind::Pc, MemoryBackend::Memfd);
+}
