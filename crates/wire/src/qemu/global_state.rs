@@ -1,7 +1,7 @@
 //! The run state that a stream records: the payload of the `globalstate` section.
 //!
-//! Source: QEMU 10.0 `migration/global_state.c`. The payload has the same 104 bytes since 2.4: what are
-//! four fields now was one buffer of 100 bytes before 8.2, zero behind the name.
+//! Source: QEMU 10.0 `migration/global_state.c`. The payload has 104 bytes in 7.2 and in 10.0: what are
+//! four fields now was one buffer of 100 bytes, zero behind the name.
 
 use crate::Fault;
 
@@ -13,11 +13,11 @@ pub const PAYLOAD_LEN: usize = 104;
 pub const SIZE_AT: usize = 0;
 /// The offset of the name.
 pub const RUN_STATE_AT: usize = 4;
-/// The length of the name's buffer; 100 before 8.2, of which the names never used more than 32.
+/// The length of the name's buffer; 100 in 7.2, of which the names never used more than 32.
 pub const RUN_STATE_LEN: usize = 32;
-/// The offset of the byte that says whether the next one counts; since 8.2.
+/// The offset of the byte that says whether the next one counts; not in 7.2.
 pub const HAS_VM_WAS_SUSPENDED_AT: usize = 36;
-/// The offset of the byte that says whether the guest was suspended when it was stopped; since 8.2.
+/// The offset of the byte that says whether the guest was suspended when it was stopped; not in 7.2.
 pub const VM_WAS_SUSPENDED_AT: usize = 37;
 
 const _: () = assert!(RUN_STATE_AT == SIZE_AT + size_of::<u32>());
