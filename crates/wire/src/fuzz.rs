@@ -2,6 +2,8 @@
 //!
 //! Each takes any bytes, must not panic for any of them, and asserts what holds for all of them.
 
+#![allow(clippy::indexing_slicing, reason = "a panic here is a finding")]
+
 use page::{PageCount, PageSize};
 
 use crate::mapped_ram::format::bitmap_len;

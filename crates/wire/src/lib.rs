@@ -11,6 +11,12 @@
 //!   vmdescription.
 //! - [`mapped_ram`]: the random-access image that the `mapped-ram` capability makes of that stream.
 
+// Bytes are hostile: outside of tests nothing is indexed or unwrapped, but where a reason says why it holds.
+#![cfg_attr(
+    not(test),
+    deny(clippy::indexing_slicing, clippy::unwrap_used, clippy::panic, clippy::unreachable)
+)]
+
 pub mod cursor;
 pub mod dump;
 pub mod error;

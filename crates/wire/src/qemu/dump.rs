@@ -39,8 +39,9 @@ pub fn ram_setup(setup: &RamSetup, base: u64) -> Dump {
     let mut at = base + 8;
     for block in &setup.blocks {
         let name = &block.name;
+        at += 1 + name.len() as u64;
         dump.line(at, format!("{name}.used_length"), format_args!("{:#x}", block.used_length));
-        at += 1 + name.len() as u64 + 8;
+        at += 8;
         if let Some(page_size) = block.page_size {
             dump.line(at, format!("{name}.page_size"), format_args!("{page_size:#x}"));
             at += 8;

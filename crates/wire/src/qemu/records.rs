@@ -38,6 +38,7 @@ impl RecordEncoder {
         out.push(0);
     }
 
+    #[allow(clippy::indexing_slicing, reason = "the caller's block, as documented, no input")]
     fn head(&mut self, block: usize, offset: u64, flag: u64, out: &mut Vec<u8>) {
         let entry = &self.blocks[block];
         assert!(
