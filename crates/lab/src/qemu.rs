@@ -24,8 +24,8 @@ const START_DEADLINE: Duration = Duration::from_secs(60);
 /// A QEMU whose socket is not there yet is asked again this often; the end of the process is noticed at once.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(2);
 
-/// One thread for all processors: with a thread for each, QEMU 10.0 now and then dies of an assertion of its own
-/// (`iotlb_to_section`) when a guest with two processors maps its devices.
+/// One thread for all processors. With a thread for each, QEMU 10.0.13 was seen to die of an assertion of its own
+/// (`iotlb_to_section`) while a guest with two processors booted on a busy machine.
 const ACCELERATOR: &str = "tcg,thread=single";
 
 /// Where the guest's RAM comes from. Every choice names the block `pc.ram`, so that images fit each other.
