@@ -1,6 +1,8 @@
 //! The main job: saved by vmstate and loaded by stock QEMU, saved by stock QEMU and restored by vmstate, for
 //! every machine and kind of memory of this version. Stock QEMU is the oracle.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use lab::{Guest, GuestSettings, MachineKind, MemoryBackend, QemuSpec};
@@ -151,7 +153,9 @@ fn both_ways_give_the_same_image_of_one_paused_guest() {
         [(MachineKind::Q35, MemoryBackend::Plain), (MachineKind::Pc, MemoryBackend::Memfd)]
     {
         let settings = GuestSettings { fill_rounds: 1, ..GuestSettings::default() };
-        let spec = spec(machine, 256, backend, settings);
+        let mut spec = spec(machine, 256, backend, settings);
+        // The host's clock goes on while the guest is paused, and the clock chip would tell.
+        spec.extra = vec!["-rtc".into(), "clock=vm".into()];
         let dir = images();
         let (direct, qemu) = (dir.path().join("direct.img"), dir.path().join("qemu.img"));
         let mut source = spec.start().unwrap();
@@ -211,4 +215,51 @@ fn the_state_asked_for_is_the_state_stock_qemu_lands_in() {
             assert_eq!(client(&target).status().unwrap().status, expected, "{name}");
         }
     }
+}
+
+#[test]
+fn a_target_whose_memory_is_not_zero_where_the_image_is_gets_refused() {
+    let idle = GuestSettings::idle(1000);
+    let spec = spec(MachineKind::Q35, 256, MemoryBackend::Memfd, idle);
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    let mut source = spec.start().unwrap();
+    source.wait_for_round(2, DEADLINE).unwrap();
+    save(source.qmp_path(), &image, |_| {});
+    drop(source);
+
+    // A byte far above what the guest owns: the image has no page there, so QEMU's loader, which clears
+    // nothing, would leave it in the guest's memory.
+    let spec = QemuSpec { incoming: lab::Incoming::Defer, ..spec };
+    let target = spec.start().unwrap();
+    memfd_of(target.pid()).write_all_at(&[0x5a], 0x8001fff).unwrap();
+    let settings = RestoreSettings {
+        image: image.clone(),
+        target: Target::Waiting(QmpAddress::Unix(target.qmp_path())),
+        channels: None,
+        direct_io: vmstate::DirectIo::Auto,
+        record: Record::AsItWas,
+    };
+    let error = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap_err();
+    assert_eq!(error.kind(), vmstate::Kind::Incompatible);
+    assert_eq!(
+        error.to_string(),
+        "target's `pc.ram` holds data at 0x8001fff, where the image has zero and QEMU clears nothing"
+    );
+    assert!(!client(&target).status().unwrap().running, "the guest must not run on damaged memory");
+
+    let clean = spec.start().unwrap();
+    let report = restore(&image, Target::Waiting(QmpAddress::Unix(clean.qmp_path())));
+    assert_eq!(report.run_state, "running");
+}
+
+/// The memory of a QEMU that has it in a memfd, opened for writing.
+fn memfd_of(pid: u32) -> File {
+    let mut fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|entry| entry.unwrap().path());
+    let is_memory = |path: &PathBuf| {
+        std::fs::read_link(path)
+            .is_ok_and(|link| link.to_string_lossy().starts_with("/memfd:memory-backend-memfd"))
+    };
+    let path = fds.find(is_memory).expect("a memfd");
+    File::options().read(true).write(true).open(path).unwrap()
 }

@@ -2,6 +2,7 @@
 
 mod inspect;
 mod restore;
+mod restore_check;
 mod save;
 
 use std::time::{Duration, Instant};

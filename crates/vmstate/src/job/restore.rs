@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use io::{Cancel, ReadPair};
 use serde_json::json;
 
+use super::restore_check::{Verified, compare, verify_zero};
 use super::save::{CHANNELS_MAX, default_channels};
 use super::{DirectIo, Observer, Phases, Stopwatch};
 use crate::net::QmpAddress;
@@ -122,25 +123,39 @@ pub fn restore(
     let (mut session, launched) = match &settings.target {
         Target::Waiting(address) => (Session::open(address, cancel)?, None),
         Target::Launch { command, log, foreground } => {
-            let launched = qemu::launch(
+            let (client, launched) = qemu::launch(
                 &LaunchSettings { command, log: log.as_deref(), foreground: *foreground },
                 cancel,
             )?;
-            (Session::over(launched.0)?, Some(launched.1))
+            match Session::over(client) {
+                Ok(session) => (session, Some(launched)),
+                Err(error) => return Err(launched.give_up(error)),
+            }
         }
     };
     let ready = Instant::now();
-    let wants_pause = launched.as_ref().is_some_and(|launched| launched.wants_pause);
-    let outcome = load(settings, &image, &pair, wants_pause, &mut session, &mut watch);
+    let outcome = load(settings, &image, &pair, launched.as_ref(), &mut session, &mut watch);
     watch.phase("settle");
     let qemu_pid = launched.as_ref().map(Launched::pid).or_else(|| session.client.listener_pid());
-    let outcome = outcome.and_then(|loaded| session.settle().map(|()| loaded));
-    let loaded = match (outcome, launched) {
+    let (outcome, launched) = match (outcome, launched) {
+        // It is ended in a moment, and may not answer before: a load keeps QEMU's monitor busy to its end.
+        (Err(error), Some(launched)) => {
+            session.abandon();
+            return Err(launched.give_up(error));
+        }
+        (Err(error), None) => {
+            if let Err(worse) = session.settle() {
+                observer.warn(&format!("cleaning up failed as well: {}", worse.chain()));
+            }
+            return Err(error);
+        }
+        (Ok(loaded), launched) => (session.settle().map(|()| loaded), launched),
+    };
+    let ((run_state, running_at), launched) = match (outcome, launched) {
         (Ok(loaded), launched) => (loaded, launched),
         (Err(error), Some(launched)) => return Err(launched.give_up(error)),
         (Err(error), None) => return Err(error),
     };
-    let ((run_state, running_at), launched) = loaded;
     let (user_qmp, foreground) = match launched {
         Some(launched) => (launched.user_qmp(), launched.leave()),
         None => (None, None),
@@ -171,10 +186,12 @@ fn load(
     settings: &RestoreSettings,
     image: &MappedRamFile,
     pair: &ReadPair,
-    wants_pause: bool,
+    launched: Option<&Launched>,
     session: &mut Session,
     watch: &mut Stopwatch<'_>,
 ) -> Result<(String, Instant)> {
+    let pid = launched.map(Launched::pid);
+    let wants_pause = launched.is_some_and(|launched| launched.wants_pause);
     watch.phase("compare");
     require_waiting(session)?;
     compare(image, session)?;
@@ -213,6 +230,11 @@ fn load(
     }
     session.remove_fdset(fdset)?;
 
+    watch.phase("verify");
+    if let Verified::Unseen(reason) = verify_zero(image, session, pid)? {
+        watch.observer.note(&format!("the target's memory could not be verified: {reason}"));
+    }
+
     watch.phase("run");
     let recorded = image.run_state()?.unwrap_or("running");
     let run = match settings.record {
@@ -241,40 +263,4 @@ fn require_waiting(session: &mut Session) -> Result<()> {
         format!("the target is in state `{status}`, it does not wait for a guest"),
     )
     .hint("start it with -incoming defer"))
-}
-
-/// Compares machine and RAM blocks: QEMU takes an image of 64 MiB into a guest of 128 MiB without a word.
-fn compare(image: &MappedRamFile, session: &mut Session) -> Result<()> {
-    let layout = image.layout();
-    if let Some(configuration) = &layout.preamble.configuration {
-        let class = session.client.qom_string("/machine", "type")?;
-        let machine = class.strip_suffix("-machine").unwrap_or(&class);
-        if configuration.machine != machine {
-            let clause = format!("target is a `{machine}`, image has a `{}`", configuration.machine);
-            return Err(Error::new(Kind::Incompatible, clause)
-                .hint(format!("start the target with -machine {}", configuration.machine)));
-        }
-    }
-    let targets = qemu::host_blocks(&mut session.client)?;
-    for block in &layout.blocks {
-        let name = block.name.as_str();
-        let Some(target) = targets.iter().find(|target| target.name == name) else {
-            return Err(Error::new(Kind::Incompatible, format!("target has no RAM block `{name}`")).hint(
-                "start the target with the devices and memory backends that the guest was saved with",
-            ));
-        };
-        if target.used_length != block.used_length {
-            let (has, wants) = (target.used_length, block.used_length);
-            let error = Error::new(
-                Kind::Incompatible,
-                format!("target has {has:#x} bytes for `{name}`, image has {wants:#x}"),
-            );
-            let is_main = layout.blocks.iter().all(|other| other.used_length <= wants);
-            return Err(match is_main {
-                true => error.hint(format!("start the target with -m {}M", wants >> 20)),
-                false => error.hint("start the target with the devices that the guest was saved with"),
-            });
-        }
-    }
-    Ok(())
 }

@@ -31,7 +31,9 @@ pub fn find_process(session: &mut Session, pid: Option<u32>) -> Result<Peer> {
 }
 
 fn search(session: &Session, pid: Option<u32>, dev: u64, ino: u64) -> Result<Peer> {
-    if let Some(candidate) = pid.or_else(|| session.client.listener_pid()) {
+    // A socket pair names its maker, which is us, and we hold the proof as well.
+    let listener = session.client.listener_pid().filter(|listener| *listener != std::process::id());
+    if let Some(candidate) = pid.or(listener) {
         match Peer::open(candidate).and_then(|peer| peer.holds(dev, ino).map(|held| held.then_some(peer))) {
             Ok(Some(peer)) => return Ok(peer),
             Err(denied @ PeerError::Denied { .. }) => return Err(unreachable(denied)),

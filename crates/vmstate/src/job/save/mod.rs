@@ -180,7 +180,7 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
         }
         (Err(error), Ok(())) => return Err(error),
         (Err(error), Err(worse)) => {
-            observer.note(&format!("cleaning up failed as well: {}", worse.chain()));
+            observer.warn(&format!("cleaning up failed as well: {}", worse.chain()));
             return Err(match worse.hint_text() {
                 Some(hint) => error.hint(hint.to_owned()),
                 None => error,

@@ -9,6 +9,7 @@ use serde_json::json;
 use wire::qemu::global_state;
 
 use super::{Carried, SaveSettings, Stopwatch, anonymous_memory_bytes};
+use crate::error::FULL_HINT;
 use crate::manifest::Manifest;
 use crate::qemu::Session;
 use crate::qmp::RunStatus;
@@ -59,7 +60,10 @@ pub(super) fn carry(
     let end = session.migration_end(None)?;
     if end.status != "completed" {
         let reason = end.error.unwrap_or_else(|| format!("status `{}`", end.status));
-        return Err(Error::new(Kind::Peer, format!("QEMU could not save the guest: {reason}")));
+        let error = Error::new(Kind::Peer, format!("QEMU could not save the guest: {reason}"));
+        // QEMU gives its reasons in the words of the C library, which has two for this.
+        let full = ["No space left on device", "Disk quota exceeded"].iter().any(|words| reason.contains(words));
+        return Err(if full { error.hint(FULL_HINT) } else { error });
     }
     session.remove_fdset(fdset)?;
     session.verify_still()?;

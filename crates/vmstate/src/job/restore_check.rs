@@ -1,0 +1,164 @@
+//! What QEMU does not check of an image and a target: before the load, that they fit; after it, that
+//! nothing is left in the target's memory that the image has as zero.
+
+use std::sync::Arc;
+
+use mem::{BlockAddress, GuestRam};
+use page::{PageIndex, PageRange, PageSet, Window};
+
+use crate::qemu::{self, Session};
+use crate::source::MappedRamFile;
+use crate::{Error, Kind, Result};
+
+/// How much of a page run is read at once.
+const CHUNK: usize = 1 << 20;
+
+/// Compares machine and RAM blocks: QEMU takes an image of 64 MiB into a guest of 128 MiB without a word.
+///
+/// # Errors
+/// [`Kind::Incompatible`], naming both sides and what mends it.
+pub(super) fn compare(image: &MappedRamFile, session: &mut Session) -> Result<()> {
+    let layout = image.layout();
+    if let Some(configuration) = &layout.preamble.configuration {
+        let class = session.client.qom_string("/machine", "type")?;
+        let machine = class.strip_suffix("-machine").unwrap_or(&class);
+        if configuration.machine != machine {
+            let clause = format!("target is a `{machine}`, image has a `{}`", configuration.machine);
+            return Err(Error::new(Kind::Incompatible, clause)
+                .hint(format!("start the target with -machine {}", configuration.machine)));
+        }
+    }
+    let targets = qemu::host_blocks(&mut session.client)?;
+    for block in &layout.blocks {
+        let name = block.name.as_str();
+        let Some(target) = targets.iter().find(|target| target.name == name) else {
+            return Err(Error::new(Kind::Incompatible, format!("target has no RAM block `{name}`")).hint(
+                "start the target with the devices and memory backends that the guest was saved with",
+            ));
+        };
+        if target.used_length != block.used_length {
+            let (has, wants) = (target.used_length, block.used_length);
+            let error = Error::new(
+                Kind::Incompatible,
+                format!("target has {has:#x} bytes for `{name}`, image has {wants:#x}"),
+            );
+            let is_main = layout.blocks.iter().all(|other| other.used_length <= wants);
+            return Err(match is_main {
+                true => error.hint(format!("start the target with -m {}M", wants >> 20)),
+                false => error.hint("start the target with the devices that the guest was saved with"),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Whether the target's memory could be looked at.
+pub(super) enum Verified {
+    /// Everything that the image has as zero is zero.
+    Zero,
+    /// It could not, for this reason.
+    Unseen(String),
+}
+
+/// Makes sure that the target's memory is zero wherever the image has no page. A loader skips those pages,
+/// so what a memory file held before would stay: silent damage.
+///
+/// Costs a look at the presence map and at pages that are there without being in the image: of a fresh
+/// QEMU, next to none.
+///
+/// # Errors
+/// [`Kind::Incompatible`] where it is not.
+pub(super) fn verify_zero(
+    image: &MappedRamFile,
+    session: &mut Session,
+    pid: Option<u32>,
+) -> Result<Verified> {
+    let peer = match qemu::find_process(session, pid) {
+        Ok(peer) => peer,
+        Err(error) if error.kind() == Kind::Unsupported => return Ok(Verified::Unseen(error.chain())),
+        Err(error) => return Err(error),
+    };
+    let targets = qemu::host_blocks(&mut session.client)?;
+    let peer = Arc::new(peer);
+    for block in &image.layout().blocks {
+        let name = block.name.as_str();
+        let address = targets.iter().find(|target| target.name == name).and_then(|target| target.address);
+        let Some(address) = address.filter(|address| *address != 0) else {
+            return Ok(Verified::Unseen(format!("QEMU does not tell where `{name}` is")));
+        };
+        let place = BlockAddress {
+            name: name.to_owned(),
+            address,
+            length: block.used_length,
+            page_size: block.page_size.bytes(),
+        };
+        // Block by block: one that cannot be reached does not keep the others from being looked at.
+        let ram = match GuestRam::attach(peer.clone(), &[place]) {
+            Ok(ram) => ram,
+            Err(error) => {
+                return Ok(Verified::Unseen(Error::new(Kind::Unsupported, name).because(error).chain()));
+            }
+        };
+        let pages = image.pages(block)?;
+        let unreadable = |error| Error::io(format!("cannot read the target's `{name}`"), error);
+        for window in ram.windows(0).map_err(unreadable)? {
+            let window = window.map_err(unreadable)?;
+            for run in beside(&window, &pages) {
+                if let Some(offset) =
+                    first_byte_set(&ram, run, block.page_size.bytes()).map_err(unreadable)?
+                {
+                    let clause = format!(
+                        "target's `{name}` holds data at {offset:#x}, where the image has zero and QEMU clears nothing"
+                    );
+                    return Err(Error::new(Kind::Incompatible, clause).hint(
+                        "start the target with fresh memory: a memory file that was used before keeps what was in it",
+                    ));
+                }
+            }
+        }
+    }
+    Ok(Verified::Zero)
+}
+
+/// The runs of pages that are in the window and not in the set.
+fn beside(window: &Window, pages: &PageSet) -> Vec<PageRange> {
+    let mut mask = window.mask;
+    for page in 0..page::WINDOW_PAGES as usize {
+        if pages.contains(PageIndex(window.first.0 + page as u64)) {
+            mask.remove(page);
+        }
+    }
+    let first = window.first.0;
+    mask.runs().map(|(start, end)| PageRange::new(first + start as u64, first + end as u64)).collect()
+}
+
+/// The offset of the first byte in a run that is not zero.
+fn first_byte_set(ram: &GuestRam, run: PageRange, page_size: u64) -> std::io::Result<Option<u64>> {
+    let end = (run.end.0 * page_size).min(ram.block(0).length);
+    let mut at = run.start.0 * page_size;
+    let mut bytes = vec![0; CHUNK.min((end - at) as usize)];
+    while at < end {
+        let len = (end - at).min(CHUNK as u64) as usize;
+        ram.read(0, at, &mut bytes[..len])?;
+        if let Some(set) = bytes[..len].iter().position(|byte| *byte != 0) {
+            return Ok(Some(at + set as u64));
+        }
+        at += len as u64;
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use page::{Mask, PageCount};
+
+    #[test]
+    fn only_pages_that_the_image_lacks_are_looked_at() {
+        let mut pages = PageSet::new(PageCount(600));
+        pages.insert(PageRange::new(260, 270));
+        let window = Window { first: PageIndex(256), mask: Mask::range(0, 20) };
+        let runs: Vec<_> = beside(&window, &pages).iter().map(|r| (r.start.0, r.end.0)).collect();
+        assert_eq!(runs, [(256, 260), (270, 276)]);
+    }
+}
