@@ -63,7 +63,10 @@ impl Error {
 
     /// The operating system's refusal of what `clause` names.
     pub fn io(clause: impl Into<String>, source: impl Into<std::io::Error>) -> Error {
-        Error::new(Kind::Io, clause).because(source.into())
+        let source = source.into();
+        let full = is_full(&source);
+        let error = Error::new(Kind::Io, clause).because(source);
+        if full { error.hint(FULL_HINT) } else { error }
     }
 
     /// The caller's wish to stop.
@@ -130,18 +133,11 @@ impl From<io::DraftError> for Error {
             E::NoDirectIo { .. } => Error::new(Kind::Unsupported, error.to_string())
                 .hint("leave --direct-io at auto, or save to a file system that has it"),
             E::Io { .. } => {
-                let full = system_error(&error).is_some_and(is_full);
                 let clause = error.to_string();
-                let mut source = None;
-                if let E::Io { source: cause, .. } = error {
-                    source = Some(cause);
+                match error {
+                    E::Io { source, .. } => Error::io(clause, source),
+                    _ => Error::new(Kind::Io, clause),
                 }
-                let error = Error::new(Kind::Io, clause);
-                let error = match source {
-                    Some(source) => error.because(source),
-                    None => error,
-                };
-                if full { error.hint(FULL_HINT) } else { error }
             }
         }
     }
@@ -158,7 +154,7 @@ impl From<io::LaneError> for Error {
     }
 }
 
-const FULL_HINT: &str = "the file system is full: free some space, or save to another one";
+pub(crate) const FULL_HINT: &str = "the file system is full: free some space, or save to another one";
 
 /// The operating system's own error at the end of a chain.
 fn system_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a std::io::Error> {

@@ -74,7 +74,12 @@ pub fn probe(session: &mut Session) -> Result<Probed> {
     // Cancelled before the socket is closed, and drained after: QEMU is never left with a broken pipe that
     // it did not make itself.
     let ended = session.cancel_migration();
-    drain(&mut ours);
+    if ended.is_ok() {
+        drain(&mut ours);
+    } else {
+        // Interrupted, or QEMU hangs: waiting for its end of the socket here could take for ever.
+        session.hold(ours.into());
+    }
     let told = told?;
     let ended = ended?;
     if ended.status != "cancelled" {
@@ -131,7 +136,7 @@ fn listen(session: &mut Session, socket: &mut UnixStream) -> Result<Probed> {
     }
 }
 
-/// Reads until QEMU has closed its end, which a cancelled migration does by itself.
+/// Reads until QEMU has closed its end, which a migration does before it counts as cancelled.
 fn drain(socket: &mut UnixStream) {
     let mut chunk = [0; 64 << 10];
     // Nothing that comes here is of use, so neither is an error; QEMU has ended the migration already.

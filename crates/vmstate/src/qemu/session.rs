@@ -1,17 +1,20 @@
 //! One job's dealings with one QEMU: what it switches, passes or stops is written down and put back.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use io::Cancel;
 use serde_json::{Map, Value};
 
 use crate::net::QmpAddress;
-use crate::qmp::{Capability, Client, MigrationInfo, RunStatus, Version};
+use crate::qmp::{Capability, Client, Event, MigrationInfo, RunStatus, Version};
 use crate::{Error, Kind, Result};
 
-/// How long each step of putting things back may take; a QEMU that hangs must not hang its cleaner.
+/// How long putting things back may take; a QEMU that hangs must not hang its cleaner.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a step still waits when that time is over. Each is asked for all the same: a QEMU that comes
+/// round does what it was asked.
+const SETTLE_STEP_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The capability that makes QEMU send `MIGRATION` events; the only one that may stay on for a probe.
 const EVENTS: &str = "events";
@@ -32,8 +35,16 @@ pub struct Session {
     fdsets: Vec<u64>,
     named_fds: Vec<String>,
     migrating: bool,
+    /// Our ends of sockets that QEMU may still write into: closed when it was told to stop.
+    held: Vec<OwnedFd>,
     /// Set while the guest is stopped by us.
     stopped: bool,
+    /// Set from the pause on: from then the guest is to stand still.
+    watching: bool,
+    /// The first event since then that says it did not.
+    moved: Option<String>,
+    /// Whether another client has resumed it since then, so that its state is that client's wish.
+    resumed: bool,
     settled: bool,
 }
 
@@ -68,7 +79,11 @@ impl Session {
             fdsets: Vec::new(),
             named_fds: Vec::new(),
             migrating: false,
+            held: Vec::new(),
             stopped: false,
+            watching: false,
+            moved: None,
+            resumed: false,
             settled: false,
         })
     }
@@ -90,24 +105,21 @@ impl Session {
     /// # Errors
     /// As every QMP command.
     pub fn configure(&mut self, on: &[&str], parameters: &[(&str, Value)]) -> Result<()> {
-        let now = self.client.capabilities()?;
-        let changes: Vec<Capability> = now
-            .iter()
-            .filter_map(|capability| {
-                let wanted = capability.name == EVENTS || on.contains(&capability.name.as_str());
-                (wanted != capability.state).then(|| Capability { state: wanted, ..capability.clone() })
-            })
-            .collect();
-        if let Some(missing) = on.iter().find(|name| !now.iter().any(|c| c.name == **name)) {
+        let found = self.client.capabilities()?;
+        if let Some(missing) = on.iter().find(|name| !found.iter().any(|c| c.name == **name)) {
             return Err(Error::new(
                 Kind::Unsupported,
                 format!("QEMU {} has no migration capability `{missing}`", self.version),
             ));
         }
-        self.capabilities_found.get_or_insert(now);
-        if !changes.is_empty() {
-            self.client.set_capabilities(&changes)?;
-        }
+        let wanted: Vec<Capability> = found
+            .iter()
+            .map(|found| {
+                let state = found.name == EVENTS || on.contains(&found.name.as_str());
+                Capability { state, ..found.clone() }
+            })
+            .collect();
+        self.capabilities_found.get_or_insert(found);
 
         let now = self.client.parameters()?;
         let mut changes = Map::new();
@@ -121,10 +133,35 @@ impl Session {
                 _ => {}
             }
         }
-        if !changes.is_empty() {
-            self.client.set_parameters(changes)?;
+        self.switch(&wanted, changes)
+    }
+
+    /// Brings QEMU's capabilities to `wanted` and changes `parameters`.
+    ///
+    /// QEMU refuses some of the one beside some of the other (mapped-ram beside compression), so nothing is
+    /// on that is not `events` while parameters change.
+    fn switch(&mut self, wanted: &[Capability], parameters: Map<String, Value>) -> Result<()> {
+        let now = self.client.capabilities()?;
+        let keep = |name: &str| {
+            let stays = wanted.iter().any(|c| c.name == name && c.state);
+            name == EVENTS || stays && parameters.is_empty()
+        };
+        let off: Vec<_> = now
+            .iter()
+            .filter(|c| c.state && !keep(&c.name))
+            .map(|c| Capability { state: false, ..c.clone() })
+            .collect();
+        if !off.is_empty() {
+            self.client.set_capabilities(&off)?;
         }
-        Ok(())
+        if !parameters.is_empty() {
+            self.client.set_parameters(parameters)?;
+        }
+        let is_on = |name: &str| now.iter().any(|c| c.name == name && c.state);
+        let is_off = |name: &str| off.iter().any(|c| c.name == name);
+        let changes: Vec<_> =
+            wanted.iter().filter(|c| c.state != (is_on(&c.name) && !is_off(&c.name))).cloned().collect();
+        if changes.is_empty() { Ok(()) } else { self.client.set_capabilities(&changes) }
     }
 
     /// Gives QEMU a new set of descriptors and returns the set's number.
@@ -202,7 +239,8 @@ impl Session {
     /// Waits until the migration has ended and returns how: `completed`, `failed` or `cancelled`.
     ///
     /// # Errors
-    /// As every QMP command; [`Kind::Peer`] where it takes longer than `timeout`.
+    /// As every QMP command; [`Kind::Peer`] where it takes longer than `timeout`, and as soon as the guest
+    /// does not stand still although it was paused for this migration.
     pub fn migration_end(&mut self, timeout: Option<Duration>) -> Result<MigrationInfo> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
@@ -220,6 +258,11 @@ impl Session {
                         format!("QEMU's migration is still in state `{}`", info.status),
                     ));
                 };
+                self.note(&event);
+                // Nothing of it is worth waiting for, unless it is being given up already.
+                if let Some(event) = self.moved.as_ref().filter(|_| !self.settled) {
+                    return Err(did_not_stand_still(&format!("event {event}")));
+                }
                 if event.name == "MIGRATION" {
                     break;
                 }
@@ -233,7 +276,7 @@ impl Session {
     /// As every QMP command.
     pub fn cancel_migration(&mut self) -> Result<MigrationInfo> {
         self.client.migrate_cancel()?;
-        self.migration_end(Some(SETTLE_TIMEOUT))
+        self.migration_end(Some(self.client.timeout.unwrap_or(SETTLE_TIMEOUT)))
     }
 
     /// Pauses the guest and forgets the events up to then; returns the state it was in.
@@ -253,7 +296,35 @@ impl Session {
                 .hint("another client has resumed it; keep it from doing so during the save"));
         }
         self.client.take_events();
+        self.watching = true;
         Ok(before)
+    }
+
+    /// Remembers what an event says about a guest that is to stand still.
+    fn note(&mut self, event: &Event) {
+        if !self.watching {
+            return;
+        }
+        let name = event.name.as_str();
+        self.resumed |= name == "RESUME";
+        if matches!(name, "RESUME" | "RESET" | "SHUTDOWN" | "POWERDOWN" | "WAKEUP" | "GUEST_PANICKED") {
+            self.moved.get_or_insert_with(|| name.to_owned());
+        }
+    }
+
+    /// The guest's state now, with every event that preceded it noted.
+    fn look(&mut self) -> Result<RunStatus> {
+        let status = self.client.status()?;
+        // The answer comes after every event that preceded it.
+        for event in self.client.take_events() {
+            self.note(&event);
+        }
+        // Whoever resumed it, and perhaps stopped it again, has said what it is to do: that is not ours to
+        // undo. Only a migration that went through has stopped it against that wish.
+        if self.resumed && status.status != "postmigrate" {
+            self.stopped = false;
+        }
+        Ok(status)
     }
 
     /// Makes sure that the guest has stood still since [`Session::pause`]. Another client may resume it at
@@ -262,23 +333,12 @@ impl Session {
     /// # Errors
     /// [`Kind::Peer`] where it has run, even for a moment.
     pub fn verify_still(&mut self) -> Result<()> {
-        let status = self.client.status()?;
-        // The answer comes after every event that preceded it.
-        let moved = self.client.take_events().into_iter().find(|event| {
-            matches!(
-                event.name.as_str(),
-                "RESUME" | "RESET" | "SHUTDOWN" | "POWERDOWN" | "WAKEUP" | "GUEST_PANICKED"
-            )
-        });
-        let what = match (moved, status.running) {
-            (Some(event), _) => format!("event {}", event.name),
-            (None, true) => "it runs now".to_owned(),
-            (None, false) => return Ok(()),
-        };
-        // Whoever resumed it wants it to run: that state is not ours to undo.
-        self.stopped = self.stopped && !status.running;
-        Err(Error::new(Kind::Peer, format!("the guest did not stand still during the save ({what})"))
-            .hint("another client resumed or reset it; the image was given up, save again"))
+        let status = self.look()?;
+        match &self.moved {
+            Some(event) => Err(did_not_stand_still(&format!("event {event}"))),
+            None if status.running => Err(did_not_stand_still("it runs now")),
+            None => Ok(()),
+        }
     }
 
     /// The guest's new state is the one wanted: it is no longer owed its old one.
@@ -286,20 +346,36 @@ impl Session {
         self.stopped = false;
     }
 
-    /// Resumes the guest if this session stopped it.
+    /// Resumes the guest if this session stopped it and no other client has decided otherwise since.
     ///
     /// # Errors
     /// As every QMP command.
     pub fn resume(&mut self) -> Result<()> {
         if self.stopped {
+            self.look()?;
+        }
+        if self.stopped {
+            // What comes now is ours.
+            self.watching = false;
             self.client.cont()?;
             self.stopped = false;
         }
         Ok(())
     }
 
+    /// Keeps our end of a socket open until QEMU was told to stop writing into it.
+    pub(super) fn hold(&mut self, socket: OwnedFd) {
+        self.held.push(socket);
+    }
+
+    /// Ends the session without putting anything back: for a QEMU that is about to be ended itself.
+    pub fn abandon(mut self) {
+        self.settled = true;
+    }
+
     /// Puts everything back: ends a migration, resumes a guest that is still owed that, takes back
-    /// descriptors, parameters and capabilities. Every step is tried even if one before it failed.
+    /// descriptors, parameters and capabilities. Every step is tried even if one before it failed, and all
+    /// of them together wait for QEMU no longer than half a minute.
     ///
     /// # Errors
     /// The first failure, with a hint what to do by hand.
@@ -311,31 +387,31 @@ impl Session {
         if std::mem::replace(&mut self.settled, true) {
             return Ok(());
         }
-        self.client.ignore_cancel(SETTLE_TIMEOUT);
+        let deadline = Instant::now() + SETTLE_TIMEOUT;
         let mut first = None;
-        let mut attempt = |result: Result<()>| {
-            if let Err(error) = result {
+        let mut attempt = |session: &mut Session, step: &dyn Fn(&mut Session) -> Result<()>| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            session.client.ignore_cancel(left.max(SETTLE_STEP_TIMEOUT));
+            if let Err(error) = step(session) {
                 first.get_or_insert(error);
             }
         };
         if self.migrating {
-            attempt(self.cancel_migration().map(drop));
+            attempt(self, &|session| session.cancel_migration().map(drop));
         }
+        self.held.clear();
         let stopped = self.stopped;
         // The guest first: the rest can wait, it cannot.
-        attempt(self.resume());
+        attempt(self, &Session::resume);
         for name in std::mem::take(&mut self.named_fds) {
-            attempt(self.client.closefd(&name));
+            attempt(self, &|session| session.client.closefd(&name));
         }
         for fdset in std::mem::take(&mut self.fdsets) {
-            attempt(self.client.remove_fdset(fdset));
+            attempt(self, &|session| session.client.remove_fdset(fdset));
         }
         let parameters = std::mem::take(&mut self.parameters_found);
-        if !parameters.is_empty() {
-            attempt(self.client.set_parameters(parameters));
-        }
         if let Some(found) = self.capabilities_found.take() {
-            attempt(self.restore_capabilities(&found));
+            attempt(self, &|session| session.switch(&found, parameters.clone()));
         }
         match first {
             None => Ok(()),
@@ -345,12 +421,12 @@ impl Session {
             Some(error) => Err(error),
         }
     }
+}
 
-    fn restore_capabilities(&mut self, found: &[Capability]) -> Result<()> {
-        let now = self.client.capabilities()?;
-        let changes: Vec<Capability> = found.iter().filter(|c| !now.contains(c)).cloned().collect();
-        if changes.is_empty() { Ok(()) } else { self.client.set_capabilities(&changes) }
-    }
+/// The error for a guest that another client has moved.
+fn did_not_stand_still(what: &str) -> Error {
+    Error::new(Kind::Peer, format!("the guest did not stand still during the save ({what})"))
+        .hint("another client resumed or reset it; the image was given up, save again")
 }
 
 impl Drop for Session {

@@ -56,13 +56,16 @@ pub(super) fn carry(
     let mut fds = vec![draft.buffered().as_fd()];
     fds.extend(direct.map(|file| file.as_fd()));
     let fdset = session.add_fdset(&fds)?;
+    // QEMU pauses a guest that was resumed meanwhile by itself, and nobody could tell afterwards.
+    session.verify_still()?;
     session.migrate(&format!("file:/dev/fdset/{fdset},offset=0"))?;
     let end = session.migration_end(None)?;
     if end.status != "completed" {
         let reason = end.error.unwrap_or_else(|| format!("status `{}`", end.status));
         let error = Error::new(Kind::Peer, format!("QEMU could not save the guest: {reason}"));
         // QEMU gives its reasons in the words of the C library, which has two for this.
-        let full = ["No space left on device", "Disk quota exceeded"].iter().any(|words| reason.contains(words));
+        let full =
+            ["No space left on device", "Disk quota exceeded"].iter().any(|words| reason.contains(words));
         return Err(if full { error.hint(FULL_HINT) } else { error });
     }
     session.remove_fdset(fdset)?;
