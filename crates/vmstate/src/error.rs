@@ -49,6 +49,7 @@ struct Inner {
     kind: Kind,
     clause: String,
     hint: Option<String>,
+    refusal: bool,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -58,7 +59,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error of `kind` that says `clause`.
     pub fn new(kind: Kind, clause: impl Into<String>) -> Error {
-        Error(Box::new(Inner { kind, clause: clause.into(), hint: None, source: None }))
+        Error(Box::new(Inner { kind, clause: clause.into(), hint: None, refusal: false, source: None }))
     }
 
     /// The operating system's refusal of what `clause` names.
@@ -67,6 +68,18 @@ impl Error {
         let full = is_full(&source);
         let error = Error::new(Kind::Io, clause).because(source);
         if full { error.hint(FULL_HINT) } else { error }
+    }
+
+    /// QEMU's refusal of a command, in its own words; it goes on all the same.
+    pub(crate) fn refusal(clause: impl Into<String>) -> Error {
+        let mut error = Error::new(Kind::Peer, clause);
+        error.0.refusal = true;
+        error
+    }
+
+    /// Whether QEMU was there and refused, rather than being gone or out of its mind.
+    pub fn is_refusal(&self) -> bool {
+        self.0.refusal
     }
 
     /// The caller's wish to stop.
@@ -128,14 +141,21 @@ impl From<io::DraftError> for Error {
             E::Exists { .. } => {
                 Error::new(Kind::Misuse, error.to_string()).hint("give another name, or --overwrite")
             }
-            E::NotAFile { .. } => Error::new(Kind::Misuse, error.to_string()),
-            E::Unsupported { .. } => Error::new(Kind::Unsupported, error.to_string()),
+            E::NotAFile { .. } => Error::new(Kind::Misuse, error.to_string()).hint(NAME_HINT),
+            E::Unsupported { .. } => Error::new(Kind::Unsupported, error.to_string()).hint(NAME_HINT),
             E::NoDirectIo { .. } => Error::new(Kind::Unsupported, error.to_string())
                 .hint("leave --direct-io at auto, or save to a file system that has it"),
             E::Io { .. } => {
                 let clause = error.to_string();
                 match error {
-                    E::Io { source, .. } => Error::io(clause, source),
+                    E::Io { step, source, .. } => {
+                        let hint = target_hint(step, source.kind());
+                        let error = Error::io(clause, source);
+                        match hint {
+                            Some(hint) => error.hint(hint),
+                            None => error,
+                        }
+                    }
                     _ => Error::new(Kind::Io, clause),
                 }
             }
@@ -151,6 +171,21 @@ impl From<io::LaneError> for Error {
         let full = system_error(&error).is_some_and(is_full);
         let error = Error::new(Kind::Io, "the guest's memory could not be written").because(error);
         if full { error.hint(FULL_HINT) } else { error }
+    }
+}
+
+const NAME_HINT: &str = "give the name of a file that is not there yet";
+
+/// What mends a target that cannot be made.
+fn target_hint(step: io::DraftStep, kind: std::io::ErrorKind) -> Option<&'static str> {
+    use std::io::ErrorKind::{NotFound, PermissionDenied, ReadOnlyFilesystem};
+    match (step, kind) {
+        (io::DraftStep::OpenDirectory, NotFound) => {
+            Some("create the directory first, or save to another one")
+        }
+        (_, ReadOnlyFilesystem) => Some("save to a file system that can be written"),
+        (_, PermissionDenied) => Some("save to a directory that you may write, or run vmstate as root"),
+        _ => None,
     }
 }
 
