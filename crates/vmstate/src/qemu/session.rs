@@ -1,6 +1,7 @@
 //! One job's dealings with one QEMU: what it switches, passes or stops is written down and put back.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use io::Cancel;
@@ -32,7 +33,10 @@ pub struct Session {
     capabilities_found: Option<Vec<Capability>>,
     /// The parameters that were changed, with the values found.
     parameters_found: Map<String, Value>,
-    fdsets: Vec<u64>,
+    /// The mark of every descriptor that this session adds to a set.
+    mark: String,
+    /// Whether there may be such descriptors: the answer that names their set can be cut short.
+    may_have_fdsets: bool,
     named_fds: Vec<String>,
     migrating: bool,
     /// Our ends of sockets that QEMU may still write into: closed when it was told to stop.
@@ -76,7 +80,8 @@ impl Session {
             version,
             capabilities_found: None,
             parameters_found: Map::new(),
-            fdsets: Vec::new(),
+            mark: mark(),
+            may_have_fdsets: false,
             named_fds: Vec::new(),
             migrating: false,
             held: Vec::new(),
@@ -171,12 +176,9 @@ impl Session {
     pub fn add_fdset(&mut self, fds: &[BorrowedFd<'_>]) -> Result<u64> {
         self.require_descriptors()?;
         let mut fdset = None;
+        self.may_have_fdsets |= !fds.is_empty();
         for fd in fds {
-            let number = self.client.add_fd(fdset, "vmstate", *fd)?;
-            if fdset.is_none() {
-                self.fdsets.push(number);
-            }
-            fdset = Some(number);
+            fdset = Some(self.client.add_fd(fdset, &self.mark, *fd)?);
         }
         fdset.ok_or_else(|| Error::new(Kind::Misuse, "a descriptor set without descriptors"))
     }
@@ -186,8 +188,14 @@ impl Session {
     /// # Errors
     /// As every QMP command.
     pub fn remove_fdset(&mut self, fdset: u64) -> Result<()> {
-        self.client.remove_fdset(fdset)?;
-        self.fdsets.retain(|number| *number != fdset);
+        self.client.remove_fdset(fdset)
+    }
+
+    /// Takes every set back that this session has made, whether it knows of it or not.
+    fn remove_fdsets(&mut self) -> Result<()> {
+        for fdset in self.client.fdsets_marked(&self.mark)? {
+            self.client.remove_fdset(fdset)?;
+        }
         Ok(())
     }
 
@@ -197,9 +205,9 @@ impl Session {
     /// As every QMP command.
     pub fn give_fd(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
         self.require_descriptors()?;
-        self.client.getfd(name, fd)?;
+        // Taken back even if the answer never comes.
         self.named_fds.push(name.to_owned());
-        Ok(())
+        self.client.getfd(name, fd)
     }
 
     /// Takes a named descriptor back.
@@ -228,8 +236,13 @@ impl Session {
     /// # Errors
     /// As every QMP command.
     pub fn migrate(&mut self, uri: &str) -> Result<()> {
-        self.client.migrate(uri)?;
+        // Cancelled even if the answer never comes, but not if QEMU refuses: another's may be under way.
         self.migrating = true;
+        let started = self.client.migrate(uri);
+        if started.as_ref().is_err_and(|error| error.kind() == Kind::Peer) {
+            self.migrating = false;
+        }
+        started?;
         if let Some(name) = uri.strip_prefix("fd:") {
             self.named_fds.retain(|known| known != name);
         }
@@ -404,10 +417,10 @@ impl Session {
         // The guest first: the rest can wait, it cannot.
         attempt(self, &Session::resume);
         for name in std::mem::take(&mut self.named_fds) {
-            attempt(self, &|session| session.client.closefd(&name));
+            attempt(self, &|session| session.client.closefd_if_any(&name));
         }
-        for fdset in std::mem::take(&mut self.fdsets) {
-            attempt(self, &|session| session.client.remove_fdset(fdset));
+        if self.may_have_fdsets {
+            attempt(self, &Session::remove_fdsets);
         }
         let parameters = std::mem::take(&mut self.parameters_found);
         if let Some(found) = self.capabilities_found.take() {
@@ -415,12 +428,19 @@ impl Session {
         }
         match first {
             None => Ok(()),
-            Some(error) if stopped && self.stopped => {
+            // Where it is known what became of QEMU, the error says so itself.
+            Some(error) if stopped && self.stopped && error.hint_text().is_none() => {
                 Err(error.hint("the guest may still be paused: resume it with the QMP command cont"))
             }
             Some(error) => Err(error),
         }
     }
+}
+
+/// A mark that no other session has.
+fn mark() -> String {
+    static SESSIONS: AtomicU64 = AtomicU64::new(0);
+    format!("vmstate {} {}", std::process::id(), SESSIONS.fetch_add(1, Ordering::Relaxed))
 }
 
 /// The error for a guest that another client has moved.

@@ -1,7 +1,7 @@
 //! The connection: lines of JSON, answers matched by id, events queued in the order they came.
 
 use std::collections::VecDeque;
-use std::io::{IoSlice, Read};
+use std::io::{ErrorKind, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -27,6 +27,9 @@ const FDS_MAX: usize = 2;
 /// How long a monitor may take to greet. QEMU greets at once; one that is busy (a mapped-ram load blocks
 /// its main loop) takes longer, and one that serves another client never does.
 pub const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The hint of every error that says that the connection was closed.
+pub(crate) const CLOSED_HINT: &str = "look at QEMU's own messages: it has probably exited";
 
 /// An event that QEMU sent by itself.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,11 +92,9 @@ impl Client {
     pub fn connect(address: &QmpAddress, cancel: &Cancel) -> Result<Client> {
         let refused = |error: std::io::Error| {
             let hint = match error.kind() {
-                std::io::ErrorKind::NotFound => "start QEMU with -qmp unix:PATH,server=on,wait=off",
-                std::io::ErrorKind::ConnectionRefused => "no QEMU listens there; is the guest still running?",
-                std::io::ErrorKind::PermissionDenied => {
-                    "run vmstate as the user that QEMU runs as, or as root"
-                }
+                ErrorKind::NotFound => "start QEMU with -qmp unix:PATH,server=on,wait=off",
+                ErrorKind::ConnectionRefused => "no QEMU listens there; is the guest still running?",
+                ErrorKind::PermissionDenied => "run vmstate as the user that QEMU runs as, or as root",
                 _ => "give the path of QEMU's own QMP socket",
             };
             Error::io(format!("cannot connect to the QMP monitor at {address}"), error).hint(hint)
@@ -211,8 +212,10 @@ impl Client {
         request.insert("id".into(), id.into());
         let mut line = Value::Object(request).to_string();
         line.push('\n');
-        self.send(line.as_bytes(), fds)
-            .map_err(|error| Error::io(format!("QMP command {command} could not be sent"), error))?;
+        self.send(line.as_bytes(), fds).map_err(|error| match error.kind() {
+            ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => self.closed(),
+            _ => Error::io(format!("QMP command {command} could not be sent"), error),
+        })?;
 
         let deadline = self.timeout.map(|timeout| Instant::now() + timeout);
         loop {
@@ -228,7 +231,7 @@ impl Client {
             }
             if let Some(error) = message.get("error") {
                 let words = error["desc"].as_str().unwrap_or("no reason given").trim_end_matches('.');
-                return Err(Error::new(Kind::Peer, format!("QEMU refused {command}: {words}")));
+                return Err(Error::refusal(format!("QEMU refused {command}: {words}")));
             }
             return Ok(message["return"].take());
         }
@@ -313,20 +316,20 @@ impl Client {
             }
             let mut chunk = [0; 16 << 10];
             match self.stream.read(&mut chunk) {
-                Ok(0) => {
-                    return Err(Error::new(
-                        Kind::Peer,
-                        format!("QEMU closed the QMP connection at {}", self.name),
-                    )
-                    .hint("look at QEMU's own messages: it has probably exited"));
-                }
+                Ok(0) => return Err(self.closed()),
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Err(self.closed()),
                 Ok(len) => self.buffer.extend_from_slice(&chunk[..len]),
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
                     return Err(Error::io(format!("the QMP connection at {} broke", self.name), error));
                 }
             }
         }
+    }
+
+    fn closed(&self) -> Error {
+        Error::new(Kind::Peer, format!("QEMU closed the QMP connection at {}", self.name))
+            .hint(CLOSED_HINT)
     }
 
     fn wait_readable(&self, deadline: Option<Instant>) -> Result<bool> {

@@ -212,6 +212,34 @@ impl Client {
         self.execute("closefd", json!({ "fdname": name })).map(drop)
     }
 
+    /// As [`Client::closefd`], but it is no error if QEMU has no such descriptor (any more).
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn closefd_if_any(&mut self, name: &str) -> Result<()> {
+        match self.closefd(name) {
+            // "File descriptor named 'NAME' not found" (monitor/fds.c:qmp_closefd, QEMU 10.0).
+            Err(error) if error.to_string().ends_with(" not found") => Ok(()),
+            closed => closed,
+        }
+    }
+
+    /// The sets of `query-fdsets` that hold a descriptor which was added with `opaque`.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn fdsets_marked(&mut self, opaque: &str) -> Result<Vec<u64>> {
+        let answer = self.execute("query-fdsets", json!({}))?;
+        let sets = answer.as_array().ok_or_else(|| unexpected("query-fdsets"))?;
+        let is_marked = |set: &&Value| {
+            set["fds"].as_array().is_some_and(|fds| fds.iter().any(|fd| fd["opaque"] == opaque))
+        };
+        sets.iter()
+            .filter(is_marked)
+            .map(|set| set["fdset-id"].as_u64().ok_or_else(|| unexpected("query-fdsets")))
+            .collect()
+    }
+
     /// `add-fd` into the set `fdset`, or into a new one; returns the set's number.
     ///
     /// # Errors

@@ -3,5 +3,6 @@
 mod client;
 mod commands;
 
+pub(crate) use client::CLOSED_HINT;
 pub use client::{Client, Event, GREETING_TIMEOUT};
 pub use commands::{Capability, MigrationInfo, RunStatus, Version};

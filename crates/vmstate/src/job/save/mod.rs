@@ -12,7 +12,7 @@ use super::{DirectIo, Observer, Phases, Stopwatch, Via, anonymous_memory_bytes};
 use crate::job::Record;
 use crate::net::QmpAddress;
 use crate::qemu::Session;
-use crate::qmp::RunStatus;
+use crate::qmp::{self, RunStatus};
 use crate::{Error, Kind, Result};
 
 /// The most channels; QEMU's own limit for multifd.
@@ -180,6 +180,13 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
         }
         (Err(error), Ok(())) => return Err(error),
         (Err(error), Err(worse)) => {
+            // That QEMU is gone is told once, and is the reason of all that failed besides.
+            if worse.chain() == error.chain() {
+                return Err(error);
+            }
+            if worse.hint_text() == Some(qmp::CLOSED_HINT) && error.kind() != Kind::Interrupted {
+                return Err(worse.because(error));
+            }
             observer.warn(&format!("cleaning up failed as well: {}", worse.chain()));
             return Err(match worse.hint_text() {
                 Some(hint) => error.hint(hint.to_owned()),
