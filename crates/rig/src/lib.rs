@@ -1,6 +1,8 @@
 //! What the tests that need real QEMUs share: stock QEMU on its own, and images compared with each other.
 
 mod compare;
+mod footprint;
+mod hook;
 mod stock;
 
 use std::path::Path;
@@ -11,6 +13,8 @@ use page::PageSet;
 use vmstate::source::MappedRamFile;
 
 pub use compare::{Difference, compare_images};
+pub use footprint::Footprint;
+pub use hook::Hook;
 pub use stock::{StockLoad, client, stock_load, stock_save};
 
 /// Generous: a wait ends as soon as what it waits for has come.

@@ -1,0 +1,144 @@
+//! Saves that are interrupted, and QEMUs that end or hang in the middle of one.
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use lab::Qemu;
+use rustix::process::{Pid, Signal, kill_process};
+use vmstate::net::QmpAddress;
+use vmstate::{Cancel, Kind, SaveSettings, Via};
+use vmstate_rig::Hook;
+
+use crate::{assert_status, assert_untouched, booted, images, names_in, other, save_to, says, small, told};
+
+/// The phases of each way in which something can still happen to a save.
+const BOUNDARIES: [(Via, &[&str]); 2] = [
+    (Via::Direct, &["connect", "probe", "stop", "device state", "ram", "metadata", "publish"]),
+    (Via::Qemu, &["connect", "stop", "ram", "metadata", "publish"]),
+];
+
+#[test]
+fn a_save_that_is_cancelled_in_any_phase_leaves_no_trace() {
+    let (qemu, before) = booted();
+    let dir = images();
+    for (via, phases) in BOUNDARIES {
+        for phase in phases {
+            let cancel = Cancel::new().unwrap();
+            let hook = Hook::at(phase, || cancel.cancel());
+            let settings = SaveSettings {
+                via,
+                ..SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), dir.path().join("vm.img"))
+            };
+            let (kind, chain, hint) = told(vmstate::save(&settings, &cancel, &hook));
+            assert_eq!(kind, Kind::Interrupted, "{via:?} in {phase}: {chain}, {hint}");
+            assert_eq!(names_in(dir.path()), [""; 0], "{via:?} in {phase}");
+            assert_eq!(hook.warnings(), [""; 0], "{via:?} in {phase}");
+            assert_status(&qemu, "running");
+            assert_untouched(&qemu, &before);
+            other(&qemu).cont().unwrap();
+        }
+    }
+    // The guest is as good as before.
+    save_to(&dir.path().join("vm.img"), &qemu, Via::Direct, &vmstate::Unobserved).unwrap();
+}
+
+#[test]
+fn a_save_that_is_cancelled_leaves_a_paused_guest_paused() {
+    let (qemu, _) = booted();
+    other(&qemu).stop().unwrap();
+    let dir = images();
+    for (via, phase) in [(Via::Direct, "device state"), (Via::Direct, "publish"), (Via::Qemu, "ram")] {
+        let cancel = Cancel::new().unwrap();
+        let hook = Hook::at(phase, || cancel.cancel());
+        let settings = SaveSettings {
+            via,
+            ..SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), dir.path().join("vm.img"))
+        };
+        assert_eq!(told(vmstate::save(&settings, &cancel, &hook)).0, Kind::Interrupted, "{via:?} in {phase}");
+        assert_status(&qemu, "paused");
+    }
+}
+
+#[test]
+fn a_qemu_that_is_killed_ends_the_save_with_one_clear_message() {
+    for (via, phases) in BOUNDARIES {
+        // Later it is not needed any more.
+        for phase in phases.iter().take_while(|phase| **phase != "metadata") {
+            let qemu = Mutex::new(small().start().unwrap());
+            let (address, dir) = (QmpAddress::Unix(qemu.lock().unwrap().qmp_path()), images());
+            let hook = Hook::at(phase, || {
+                qemu.lock().unwrap().kill().unwrap();
+            });
+            let settings = SaveSettings { via, ..SaveSettings::new(address, dir.path().join("vm.img")) };
+            let (kind, chain, hint) = told(vmstate::save(&settings, &Cancel::new().unwrap(), &hook));
+            let name = format!("{via:?} in {phase}: {chain}; {hint}");
+            assert!(hook.is_done(), "{name}");
+            assert_eq!(names_in(dir.path()), [""; 0], "{name}");
+            if *phase == "connect" {
+                assert_eq!(hint, "no QEMU listens there; is the guest still running?", "{name}");
+            } else {
+                assert_eq!(hook.warnings(), [""; 0], "{name}");
+                assert_eq!(kind, Kind::Peer, "{name}");
+                assert_eq!(hint, "look at QEMU's own messages: it has probably exited", "{name}");
+            }
+        }
+    }
+}
+
+/// A QEMU that hangs: it goes on when this is dropped.
+struct Frozen(Pid);
+
+impl Frozen {
+    fn new(qemu: &Qemu) -> Frozen {
+        let pid = Pid::from_raw(qemu.pid().try_into().unwrap()).unwrap();
+        kill_process(pid, Signal::STOP).unwrap();
+        Frozen(pid)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        kill_process(self.0, Signal::CONT).unwrap();
+    }
+}
+
+#[test]
+fn a_qemu_that_hangs_holds_up_an_interrupted_save_for_less_than_half_a_minute() {
+    let dir = images();
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let runs = [(Via::Direct, "probe"), (Via::Direct, "ram"), (Via::Qemu, "ram")].map(|(via, phase)| {
+            let image = dir.path().join("vm.img");
+            scope.spawn(move || {
+                let (qemu, _) = booted();
+                let cancel = Cancel::new().unwrap();
+                let frozen = Mutex::new(None);
+                let hook = Hook::at(phase, || {
+                    *frozen.lock().unwrap() = Some(Frozen::new(&qemu));
+                    cancel.cancel();
+                });
+                let settings =
+                    SaveSettings { via, ..SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), image) };
+                let start = Instant::now();
+                let result = told(vmstate::save(&settings, &cancel, &hook));
+                let took = start.elapsed();
+                let warnings = hook.warnings();
+                drop(hook);
+                drop(frozen);
+                (via, phase, result, warnings, took)
+            })
+        });
+        runs.into_iter().map(|run| run.join().unwrap()).collect()
+    });
+    for (via, phase, told, warnings, took) in results {
+        let hint = match phase {
+            "probe" => "no hint",
+            _ => "the guest may still be paused: resume it with the QMP command cont",
+        };
+        let name = format!("{via:?} in {phase}, {took:?}, {warnings:?}");
+        assert_eq!(told, says(Kind::Interrupted, "interrupted", hint), "{name}");
+        assert_eq!(warnings.len(), 1, "{name}");
+        assert!(warnings[0].starts_with("cleaning up failed as well: QEMU did not answer "), "{name}");
+        assert!(took < Duration::from_secs(30), "{name}");
+    }
+    assert_eq!(names_in(dir.path()), [""; 0]);
+}
