@@ -34,7 +34,10 @@ pub fn check(root: &Path) -> Findings {
                     found.extend(shell(&name, &text));
                 }
             }
-            "md" => found.extend(links(root, &path)?),
+            "md" => {
+                found.extend(links(root, &path)?);
+                found.extend(cited_tests(root, &path)?);
+            }
             _ => {}
         }
         if path.file_name().is_some_and(|file| file == "Cargo.toml") {
@@ -108,6 +111,21 @@ fn links(root: &Path, path: &Path) -> Findings {
     Ok(found)
 }
 
+/// Every test that a document names as `path.rs::name` exists.
+fn cited_tests(root: &Path, path: &Path) -> Findings {
+    let mut found = Vec::new();
+    for (line, content) in tree::text(path)?.lines().enumerate() {
+        for cited in content.split('`').skip(1).step_by(2) {
+            let Some((file, test)) = cited.split_once(".rs::") else { continue };
+            let source = tree::text(&root.join(format!("{file}.rs"))).unwrap_or_default();
+            if !source.contains(&format!("fn {test}(")) {
+                found.push(format!("{}:{}: there is no test {cited}", tree::name(root, path), line + 1));
+            }
+        }
+    }
+    Ok(found)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,21 +158,24 @@ mod tests {
         write("scripts/short.sh", &":\n".repeat(80));
         write(
             "README.md",
-            "[a](docs/a.md#x) [b](docs/b.md \"b\") [c](https://c.example) [d](#d)\n```\n[e](f)\n```\n",
+            "[a](docs/a.md#x) [b](docs/c.md \"b\") [c](https://c.example) [d](#d)\n```\n[e](f)\n```\n",
         );
         write("docs/a.md", "[up](../README.md) [down](/docs/a.md) [gone](gone.md)\n");
+        write("docs/b.md", "`crates/lab/src/skip.rs::a` `crates/lab/src/skip.rs::b`\n`gone.rs::a` `a::b`\n");
 
         let found = check(&root);
         fs::remove_dir_all(&root).unwrap();
         let expected = [
             "Cargo.toml: the workspace does not forbid unsafe code",
-            "README.md:1: the link to docs/b.md leads nowhere",
+            "README.md:1: the link to docs/c.md leads nowhere",
             "crates/lab/src/long.rs: 1001 lines, where 1000 are the limit",
             "crates/lab/src/skip.rs:2: a test is ignored without a reason",
             "crates/lab/src/utils.rs: `utils` says nothing; name it after what it does",
             "crates/lab/tests/common/mod.rs: `common` says nothing; name it after what it does",
             "crates/wire/Cargo.toml: takes no part in the workspace's lints, so unsafe code is not forbidden",
             "docs/a.md:1: the link to gone.md leads nowhere",
+            "docs/b.md:1: there is no test crates/lab/src/skip.rs::b",
+            "docs/b.md:2: there is no test gone.rs::a",
             "scripts/run: 81 lines, where 80 are the limit",
         ];
         assert_eq!(found, Ok(expected.map(str::to_owned).to_vec()));
