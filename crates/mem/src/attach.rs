@@ -4,12 +4,15 @@ use std::io;
 
 use page::PageSize;
 
+use crate::file::BackingFile;
 use crate::guest_ram::{Reach, Region};
 use crate::kind::{Backing, classify};
 use crate::maps::{Gap, Mapping, Mappings};
+use crate::obstacles::Obstacles;
 use crate::peer::{Peer, PeerError};
+use crate::private_file::PrivateFileBlock;
 use crate::remote::{RemoteSpan, read_spans};
-use crate::shared::{Identity, SharedBlock};
+use crate::shared::SharedBlock;
 
 /// A RAM block as the VMM describes it. Nothing of it is believed unchecked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +80,10 @@ impl AttachReason {
         AttachReason::Unreachable { reason: reason.to_owned() }
     }
 
+    pub(crate) fn io(what: &'static str, source: impl Into<io::Error>) -> AttachReason {
+        AttachReason::Io { what, source: source.into() }
+    }
+
     fn implausible(text: String) -> AttachReason {
         AttachReason::Implausible { text }
     }
@@ -86,17 +93,21 @@ impl AttachReason {
 pub(crate) fn attach_block(
     peer: &Peer,
     mappings: &Mappings,
+    obstacles: &Obstacles,
     block: &BlockAddress,
 ) -> Result<Region, AttachReason> {
     let page_size = check_block(block)?;
+    let range = block.address..block.address + block.length;
     let covering = mappings.covering(block.address, block.length).map_err(AttachReason::Unmapped)?;
     let backing = classify(covering, block.address);
+    if let Some(reason) = obstacles.reason(&range) {
+        return Err(AttachReason::unreachable(reason));
+    }
+    let open = |part| BackingFile::open(peer, covering, part, block.length);
     let reach = match &backing {
-        Backing::PrivateAnonymous => Reach::Copied,
-        &Backing::SharedMemfd { device, inode, file_offset } => {
-            let identity = Identity { device, inode, file_offset, length: block.length };
-            Reach::Mapped(SharedBlock::open(peer, covering, identity)?)
-        }
+        Backing::PrivateAnonymous => Reach::Process,
+        &Backing::SharedFile(part) => Reach::Shared(SharedBlock::new(open(part)?, block.length)?),
+        &Backing::PrivateFile(part) => Reach::PrivateFile(PrivateFileBlock::open(peer, open(part)?)?),
         Backing::Unreachable { reason } => return Err(AttachReason::unreachable(reason)),
     };
     Ok(Region::new(block.clone(), page_size, backing, reach))
@@ -128,10 +139,22 @@ fn check_block(block: &BlockAddress) -> Result<PageSize, AttachReason> {
 /// Reads one byte of the process, to learn now and not in the middle of a save that it is forbidden.
 ///
 /// Looking into `/proc/PID` takes less permission than reading memory does (ptrace_scope, for one). The byte
-/// is one of a private file mapping, in practice the program's first: looking at guest memory could allocate
-/// there.
-pub(crate) fn try_reading(peer: &Peer, mappings: &Mappings) -> Result<(), PeerError> {
-    let is_file = |mapping: &&Mapping| mapping.is_readable && !mapping.is_shared && mapping.inode != 0;
+/// is one of a private file mapping, in practice the program's first, and none of the guest's memory: looking
+/// there could allocate.
+pub(crate) fn try_reading(
+    peer: &Peer,
+    mappings: &Mappings,
+    blocks: &[BlockAddress],
+) -> Result<(), PeerError> {
+    let has_block = |mapping: &Mapping| {
+        let overlaps = |block: &BlockAddress| {
+            mapping.start < block.address.saturating_add(block.length) && block.address < mapping.end
+        };
+        blocks.iter().any(overlaps)
+    };
+    let is_file = |mapping: &&Mapping| {
+        mapping.is_readable && !mapping.is_shared && mapping.inode != 0 && !has_block(mapping)
+    };
     let Some(file) = mappings.as_slice().iter().find(is_file) else { return Ok(()) };
     let mut byte = 0u8;
     let span = RemoteSpan { remote: file.start, local: &raw mut byte, len: 1 };

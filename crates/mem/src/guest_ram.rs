@@ -7,10 +7,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use page::{PageCount, PageSet, PageSize, Window};
 
 use crate::attach::{AttachError, AttachReason, BlockAddress, attach_block, try_reading};
+use crate::file::Medium;
 use crate::kind::{Backing, classify};
+use crate::obstacles::Obstacles;
 use crate::peer::{Peer, PeerError};
-use crate::presence::{AnonymousRuns, FileRuns, PagemapMethod, Stretch};
+use crate::presence::{PageTableRuns, PagemapMethod, Stretch};
+use crate::private_file::PrivateFileBlock;
 use crate::remote::{RemoteSpan, read_spans};
+use crate::runs::{Runs, Union, shared_runs, unmapped_runs};
 use crate::shared::SharedBlock;
 use crate::windows::Windows;
 
@@ -39,10 +43,12 @@ pub(crate) struct Region {
 /// How the bytes of a region are read.
 #[derive(Debug)]
 pub(crate) enum Reach {
-    /// By process_vm_readv.
-    Copied,
-    /// Through a mapping of our own, or by reading the file.
-    Mapped(SharedBlock),
+    /// From the process.
+    Process,
+    /// From its file, or through a mapping of it.
+    Shared(SharedBlock),
+    /// From the process where it has pages of its own, from its file elsewhere.
+    PrivateFile(PrivateFileBlock),
 }
 
 impl Region {
@@ -83,9 +89,10 @@ impl GuestRam {
     /// The first block that cannot be reached, and why; or what keeps us from looking into the process.
     pub fn attach(peer: Arc<Peer>, blocks: &[BlockAddress]) -> Result<GuestRam, AttachError> {
         let mappings = peer.mappings()?;
-        try_reading(&peer, &mappings)?;
+        try_reading(&peer, &mappings, blocks)?;
+        let obstacles = Obstacles::of(&peer)?;
         let attach = |block: &BlockAddress| {
-            attach_block(&peer, &mappings, block).map_err(|reason| match reason {
+            attach_block(&peer, &mappings, &obstacles, block).map_err(|reason| match reason {
                 AttachReason::Peer(gone @ PeerError::Gone { .. }) => AttachError::Peer(gone),
                 reason => AttachError::Block { block: block.name.clone(), reason },
             })
@@ -120,10 +127,23 @@ impl GuestRam {
         &self.regions[region].backing
     }
 
+    /// What the file of a region lies on, if there is one behind it.
+    ///
+    /// # Panics
+    /// When there is no such region.
+    pub fn medium(&self, region: usize) -> Option<Medium> {
+        match &self.regions[region].reach {
+            Reach::Process => None,
+            Reach::Shared(shared) => Some(shared.file().medium()),
+            Reach::PrivateFile(private) => Some(private.file().medium()),
+        }
+    }
+
     /// The windows of a region that have pages, in order, with those pages marked. None is touched.
     ///
     /// A page that is not marked reads as zero; a marked one may do so too. The stream takes the same little
-    /// memory whatever the region's size. An error in it is the last item.
+    /// memory whatever the region's size (on hugetlbfs eight bytes for each of its pages). An error in it is
+    /// the last item.
     ///
     /// # Errors
     /// When the presence of pages cannot be asked for.
@@ -137,7 +157,7 @@ impl GuestRam {
         self.windows_by(region, PagemapMethod::Auto)
     }
 
-    /// [`GuestRam::windows`] with the method for private memory chosen by the caller.
+    /// [`GuestRam::windows`] with the method for page tables chosen by the caller.
     ///
     /// # Errors
     /// As there; `Unsupported` when the kernel lacks the method.
@@ -150,16 +170,18 @@ impl GuestRam {
         method: PagemapMethod,
     ) -> io::Result<impl Iterator<Item = io::Result<Window>> + Send + use<'_>> {
         let Region { block, page_size, reach, .. } = &self.regions[region];
-        let runs: Box<dyn Iterator<Item = io::Result<_>> + Send + '_> = match reach {
-            Reach::Copied => {
-                let host = rustix::param::page_size() as u64;
-                // Attaching has checked that the end, rounded up, is an address.
-                let length = block.length.next_multiple_of(host);
-                let stretch = Stretch { address: block.address, length };
-                Box::new(AnonymousRuns::open(self.peer.clone(), stretch, method)?)
-            }
-            Reach::Mapped(shared) => {
-                Box::new(FileRuns::new(shared.file(), shared.file_offset(), block.length))
+        let of_process = || {
+            let host = rustix::param::page_size() as u64;
+            // Attaching has checked that the end, rounded up, is an address.
+            let length = block.length.next_multiple_of(host);
+            let stretch = Stretch { address: block.address, length };
+            PageTableRuns::open(self.peer.clone(), stretch, method)
+        };
+        let runs: Runs<'_> = match reach {
+            Reach::Process => Box::new(of_process()?),
+            Reach::Shared(shared) => shared_runs(&self.peer, shared.file(), block.length, method)?,
+            Reach::PrivateFile(private) => {
+                Box::new(Union::new(of_process()?, unmapped_runs(private.file(), block.length)?))
             }
         };
         Ok(Windows::new(runs, *page_size, block.length))
@@ -219,8 +241,8 @@ impl GuestRam {
 
     /// Reads bytes of a region, wherever they are; for verification, not for speed.
     ///
-    /// Private pages that are not there become present by it (as the kernel's zero page); holes of a memfd
-    /// stay holes.
+    /// Anonymous pages that are not there become present by it (as the kernel's zero page, or on huge pages one
+    /// of the pool); holes of a file stay holes.
     ///
     /// # Errors
     /// `InvalidInput` when the range is not within the region; otherwise an error that names the block and
@@ -250,6 +272,8 @@ impl GuestRam {
 
     /// Copies parts of a region, which must lie within it.
     ///
+    /// No page of a file is touched: holes stay holes.
+    ///
     /// # Errors
     /// Names the block and the address.
     ///
@@ -257,27 +281,33 @@ impl GuestRam {
     /// The local range of every part must be mapped, writable and this call's alone.
     pub(crate) unsafe fn copy(&self, region: usize, parts: &[Part]) -> io::Result<()> {
         let Region { block, reach, .. } = &self.regions[region];
-        let fail = |source: io::Error, address: u64| {
-            let fault = BlockFault { block: block.name.clone(), address, source };
-            io::Error::new(fault.source.kind(), fault)
-        };
-        match reach {
-            Reach::Copied => {
-                let remote = |part: &Part| RemoteSpan {
-                    remote: block.address + part.offset,
-                    local: part.local,
-                    len: part.len,
-                };
-                let spans: Vec<RemoteSpan> = parts.iter().map(remote).collect();
-                // SAFETY: the spans have the local ranges of the parts.
-                unsafe { read_spans(&self.peer, &spans) }.map_err(|fault| fail(fault.source, fault.address))
+        let fail = |source, address| block_fault(block, address, source);
+        let mut spans: Vec<RemoteSpan> = Vec::with_capacity(parts.len());
+        for part in parts {
+            let whole = block.address + part.offset..block.address + part.offset + part.len as u64;
+            let (file, stretches) = match reach {
+                Reach::Process => (None, vec![(whole.clone(), true)]),
+                Reach::Shared(shared) => (Some(shared.file()), vec![(whole.clone(), false)]),
+                Reach::PrivateFile(private) => {
+                    let split = private.split(whole.clone()).map_err(|source| fail(source, whole.start))?;
+                    (Some(private.file()), split)
+                }
+            };
+            for (stretch, is_of_process) in stretches {
+                let local = part.local.wrapping_add((stretch.start - whole.start) as usize);
+                let len = (stretch.end - stretch.start) as usize;
+                match file {
+                    Some(file) if !is_of_process => {
+                        // SAFETY: a piece of the part's local range, which is the caller's.
+                        unsafe { file.read(stretch.start - block.address, local, len) }
+                            .map_err(|source| fail(source, stretch.start))?;
+                    }
+                    _ => spans.push(RemoteSpan { remote: stretch.start, local, len }),
+                }
             }
-            Reach::Mapped(shared) => parts.iter().try_for_each(|part| {
-                // SAFETY: a local range of the caller's.
-                unsafe { shared.read(part.offset, part.local, part.len) }
-                    .map_err(|source| fail(source, block.address + part.offset))
-            }),
         }
+        // SAFETY: the spans have pieces of the parts' local ranges.
+        unsafe { read_spans(&self.peer, &spans) }.map_err(|fault| fail(fault.source, fault.address))
     }
 }
 
@@ -296,4 +326,8 @@ struct BlockFault {
     block: String,
     address: u64,
     source: io::Error,
+}
+
+pub(crate) fn block_fault(block: &BlockAddress, address: u64, source: io::Error) -> io::Error {
+    io::Error::new(source.kind(), BlockFault { block: block.name.clone(), address, source })
 }

@@ -4,16 +4,50 @@
 //! the memory of its RAM blocks from outside: it says which pages are there without touching any, and
 //! supplies their bytes to the lanes of the crate `io`.
 //!
+//! # Kinds of memory
+//!
+//! What is behind a block is told by `/proc/PID/maps` ([`Backing`]); what a file lies on, by fstatfs(2) of the
+//! file once it is open ([`Medium`]). Neither looking nor reading puts a page anywhere.
+//!
+//! | memory | as QEMU is told | how it is reached | which pages are there | how bytes are read |
+//! |---|---|---|---|---|
+//! | private, without a file | `-m`, memory-backend-ram, ROMs, video memory | the process | page tables: present or swapped, but for the zero page | process_vm_readv |
+//! | the same on huge pages | `MAP_HUGETLB` without a file | the process | page tables | process_vm_readv |
+//! | shared memfd, sealed | memory-backend-memfd | its descriptor, mapped | SEEK_DATA | where they are, or by pread |
+//! | shared file on tmpfs | memory-backend-file, -shm, unsealed memfd, `mem-path=/proc/PID/fd/N` | its descriptor | SEEK_DATA | pread |
+//! | shared, without a name | memory-backend-ram,share=on of older QEMUs | `map_files` (root) | SEEK_DATA | pread |
+//! | shared file on ext4 or XFS | memory-backend-file,share=on | its descriptor | SEEK_DATA | pread |
+//! | shared file elsewhere | the same | its descriptor | all of it | pread |
+//! | shared file on huge pages | memory-backend-memfd,hugetlb=on; -file on hugetlbfs | its descriptor | page tables if they have as many pages as the file; else all of it | pread |
+//! | private mapping of a file | `share=off`; a guest restored by mapping its image | its descriptor and the process | page tables, and what the file has by its own row (on huge pages: all of it, unless it is empty) | process_vm_readv where the page tables have a page, pread elsewhere |
+//!
+//! A file is opened by a descriptor that the process has of it, or else by `/proc/PID/map_files`, never by the
+//! path in its mapping. Not reached, each with its reason: secretmem, mappings of devices (VFIO, DAX, /dev/mem)
+//! and of KVM, guests with guest_memfd, memory that a userfaultfd still fills. A page that the hardware has lost
+//! is an error with its address. What a page table of a private mapping leaves out is the file's: that is also why
+//! the guest must be stopped, and why the map is read anew for each save.
+//!
+//! Where the facts come from: page tables, Documentation/admin-guide/mm/pagemap.rst; holes of tmpfs,
+//! `shmem_file_llseek` and `shmem_file_read_iter` of mm/shmem.c (swapped pages are data; reading a hole gives zeros
+//! and no page); of ext4 and XFS, `iomap_seek_data` of fs/iomap/seek.c (a page written and not yet on the disk is
+//! data, preallocated extents are not until then); hugetlbfs, `hugetlbfs_read_iter` and `default_llseek` of
+//! fs/hugetlbfs/inode.c, and `hugetlb_add_to_page_cache` of mm/hugetlb.c, which counts pages in `i_blocks`. Each was
+//! tried on Linux 6.18, and the tests try it again.
+//!
 //! Law: no `&[u8]` is ever made over guest memory. The guest may write it at any time, so it is read through
 //! raw pointers, by vector loads or by the kernel.
 
 mod attach;
+mod file;
 mod guest_ram;
 mod kind;
 mod maps;
+mod obstacles;
 mod peer;
 mod presence;
+mod private_file;
 mod remote;
+mod runs;
 mod shared;
 mod spawn;
 mod supply;
@@ -21,8 +55,9 @@ mod windows;
 mod zero;
 
 pub use attach::{AttachError, AttachReason, BlockAddress};
+pub use file::Medium;
 pub use guest_ram::{GuestRam, RecheckError};
-pub use kind::{Backing, classify};
+pub use kind::{Backing, FilePart, classify};
 pub use maps::{Gap, Mapping, Mappings};
 pub use peer::{Holders, Peer, PeerError, find_holders};
 pub use presence::PagemapMethod;

@@ -33,7 +33,7 @@ pub struct Mapping {
 
 impl Mapping {
     /// Reads one line, without its newline.
-    fn parse(line: &[u8]) -> Option<Mapping> {
+    pub(crate) fn parse(line: &[u8]) -> Option<Mapping> {
         let mut rest = line;
         let (start, end) = split_at_byte(take_field(&mut rest)?, b'-')?;
         let permissions = take_field(&mut rest)?;

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{AtFlags, Mode, OFlags, openat, statat};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, openat, readlinkat, statat};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -134,13 +134,67 @@ impl Peer {
     /// # Errors
     /// As [`PeerError`] says.
     pub fn holds(&self, device: u64, inode: u64) -> Result<bool, PeerError> {
-        self.find_descriptor(device, inode).map(|found| found.is_some())
+        let mut holds = false;
+        self.visit_descriptors(|_, found| {
+            holds = (found.st_dev, found.st_ino) == (device, inode);
+            !holds
+        })?;
+        Ok(holds)
     }
 
-    /// A descriptor number of the process under which it has the file `(device, inode)`.
-    pub(crate) fn find_descriptor(&self, device: u64, inode: u64) -> Result<Option<u32>, PeerError> {
-        find_descriptor_in(&self.directory, device, inode)
-            .map_err(|error| peer_error(self.pid(), "the descriptors", error))
+    /// The descriptor numbers of the process under which it has regular files with this inode number, whatever
+    /// their device.
+    pub(crate) fn find_descriptors(&self, inode: u64) -> Result<Vec<u32>, PeerError> {
+        let mut numbers = Vec::new();
+        self.visit_descriptors(|number, found| {
+            if found.st_ino == inode && FileType::from_raw_mode(found.st_mode) == FileType::RegularFile {
+                numbers.push(number);
+            }
+            true
+        })?;
+        Ok(numbers)
+    }
+
+    /// Whether the process has a descriptor of a file that the kernel made for a purpose of its own, by what
+    /// its link in `/proc/PID/fd` contains, such as `[userfaultfd]`.
+    pub(crate) fn holds_special(&self, name: &str) -> Result<bool, PeerError> {
+        let fail = |error: Errno| peer_error(self.pid(), "the descriptors", error.into());
+        let mut holds = false;
+        let listing = self.open_descriptors().map_err(fail)?;
+        for number in Descriptors::of(&listing).map_err(fail)? {
+            match readlinkat(&listing, number.map_err(fail)?.to_string(), Vec::new()) {
+                Ok(link) => holds |= link.to_string_lossy().contains(name),
+                // Closed since it was listed.
+                Err(Errno::NOENT) => {}
+                Err(error) => return Err(fail(error)),
+            }
+        }
+        Ok(holds)
+    }
+
+    /// Shows the descriptors to `visit` until it answers `false`.
+    fn visit_descriptors(&self, mut visit: impl FnMut(u32, &Stat) -> bool) -> Result<(), PeerError> {
+        let fail = |error: Errno| peer_error(self.pid(), "the descriptors", error.into());
+        let listing = self.open_descriptors().map_err(fail)?;
+        for number in Descriptors::of(&listing).map_err(fail)? {
+            let number = number.map_err(fail)?;
+            match statat(&listing, number.to_string(), AtFlags::empty()) {
+                Ok(found) if !visit(number, &found) => break,
+                // Closed since it was listed.
+                Ok(_) | Err(Errno::NOENT) => {}
+                Err(error) => return Err(fail(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn open_descriptors(&self) -> Result<OwnedFd, Errno> {
+        openat(&self.directory, "fd", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+    }
+
+    /// The type of what a path below the process's directory in `/proc` leads to, without opening it.
+    pub(crate) fn file_type(&self, path: &str) -> io::Result<FileType> {
+        Ok(FileType::from_raw_mode(statat(&self.directory, path, AtFlags::empty())?.st_mode))
     }
 
     /// Opens a file below the process's directory in `/proc`, read-only and as a description of our own.
@@ -200,22 +254,30 @@ pub fn find_holders(device: u64, inode: u64) -> io::Result<Holders> {
     Ok(holders)
 }
 
-fn find_descriptor_in(directory: &OwnedFd, device: u64, inode: u64) -> io::Result<Option<u32>> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let listing = openat(directory, "fd", flags, Mode::empty())?;
-    for entry in rustix::fs::Dir::read_from(&listing)? {
-        let entry = entry?;
-        let Some(number) = entry.file_name().to_str().ok().and_then(|name| name.parse::<u32>().ok()) else {
-            continue;
-        };
-        match statat(&listing, entry.file_name(), AtFlags::empty()) {
-            Ok(found) if (found.st_dev, found.st_ino) == (device, inode) => return Ok(Some(number)),
-            // Closed since it was listed.
-            Ok(_) | Err(Errno::NOENT) => {}
-            Err(error) => return Err(error.into()),
+/// The numbers in a listing of `/proc/PID/fd`.
+struct Descriptors(Dir);
+
+impl Descriptors {
+    fn of(listing: &OwnedFd) -> Result<Descriptors, Errno> {
+        Dir::read_from(listing).map(Descriptors)
+    }
+}
+
+impl Iterator for Descriptors {
+    type Item = Result<u32, Errno>;
+
+    fn next(&mut self) -> Option<Result<u32, Errno>> {
+        loop {
+            match self.0.next()? {
+                // The directory itself and its parent are no numbers.
+                Ok(entry) => match entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) {
+                    Some(number) => return Some(Ok(number)),
+                    None => continue,
+                },
+                Err(error) => return Some(Err(error)),
+            }
         }
     }
-    Ok(None)
 }
 
 /// The start time of the process whose directory in `/proc` this is.

@@ -73,18 +73,19 @@ const _: () = assert!(size_of::<ScanArgument>() == 96);
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: rustix::ioctl::Opcode = rustix::ioctl::opcode::read_write::<ScanArgument>(b'f', 16);
 
-/// A stretch of private memory of a peer; both ends are multiples of the host's page size.
+/// A stretch of a peer's memory; both ends are multiples of the host's page size.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stretch {
     pub address: u64,
     pub length: u64,
 }
 
-/// The runs of private anonymous memory that have content, as byte offsets in the stretch.
+/// The runs of a stretch that are in the peer's page tables or in swap, as byte offsets in the stretch.
 ///
 /// Private anonymous memory that has never been written has no entry in the page tables, or one of the
-/// kernel's zero page after it was read; either way it reads as zero.
-pub(crate) struct AnonymousRuns {
+/// kernel's zero page after it was read; either way it reads as zero. What other memory has where it has no
+/// entry depends on its kind.
+pub(crate) struct PageTableRuns {
     peer: Arc<Peer>,
     stretch: Stretch,
     walk: Walk,
@@ -96,7 +97,7 @@ enum Walk {
     Entries(EntryWalk),
 }
 
-impl AnonymousRuns {
+impl PageTableRuns {
     /// Starts to walk `stretch` of the peer's memory.
     ///
     /// # Errors
@@ -105,7 +106,7 @@ impl AnonymousRuns {
         peer: Arc<Peer>,
         stretch: Stretch,
         method: PagemapMethod,
-    ) -> io::Result<AnonymousRuns> {
+    ) -> io::Result<PageTableRuns> {
         let pagemap = peer.open_file("pagemap")?;
         let walk = match method {
             PagemapMethod::Entries => Walk::Entries(EntryWalk::new(pagemap, stretch)),
@@ -117,7 +118,7 @@ impl AnonymousRuns {
             }
             PagemapMethod::Auto | PagemapMethod::Scan => Walk::Scan(ScanWalk::new(pagemap, stretch)),
         };
-        Ok(AnonymousRuns { peer, stretch, walk, is_over: false })
+        Ok(PageTableRuns { peer, stretch, walk, is_over: false })
     }
 
     fn advance(&mut self) -> io::Result<Option<Range<u64>>> {
@@ -134,7 +135,7 @@ impl AnonymousRuns {
     }
 }
 
-impl Iterator for AnonymousRuns {
+impl Iterator for PageTableRuns {
     type Item = io::Result<Range<u64>>;
 
     fn next(&mut self) -> Option<io::Result<Range<u64>>> {
@@ -219,6 +220,11 @@ impl ScanWalk {
     }
 }
 
+/// Whether the page of a pagemap entry is in memory or in swap.
+pub(crate) fn is_there(entry: [u8; 8]) -> bool {
+    u64::from_ne_bytes(entry) & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0
+}
+
 struct EntryWalk {
     pagemap: File,
     page: u64,
@@ -262,8 +268,7 @@ impl EntryWalk {
     /// Goes on to the next entry in hand that is there (or is not); says whether there is one.
     fn skip_until(&mut self, wanted: bool) -> bool {
         let entries = self.buffer[self.taken..self.filled].as_chunks::<8>().0;
-        let is_there = |bytes: &[u8; 8]| u64::from_ne_bytes(*bytes) & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0;
-        let found = entries.iter().position(|entry| is_there(entry) == wanted);
+        let found = entries.iter().position(|entry| is_there(*entry) == wanted);
         let skipped = found.unwrap_or(entries.len());
         self.taken += skipped * 8;
         self.address += skipped as u64 * self.page;

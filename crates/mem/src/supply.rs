@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use ::io::{Piece, Scratch, Supplied, Supply};
 use page::{Mask, WINDOW_PAGES};
 
-use crate::guest_ram::{GuestRam, Part, Reach, Region};
-use crate::shared::SharedBlock;
+use crate::guest_ram::{GuestRam, Part, Reach, Region, block_fault};
+use crate::shared::SealedMapping;
 use crate::zero::nonzero_mask;
 
 /// The I/O unit, in bytes. Zeros between data that are fewer are written along, which costs less than another
@@ -20,13 +20,18 @@ const UNIT: usize = 64 << 10;
 unsafe impl Supply for GuestRam {
     /// Finds the data among the marked pages. The pages that are not marked are taken to be absent, as they
     /// are in the pieces that [`GuestRam::piece`] makes of [`GuestRam::windows`]: short gaps of them are
-    /// supplied as zeros. To mark a page that is absent is sound, but allocates it in the guest.
+    /// supplied as zeros. To mark a page that is absent is sound, but where memory is read from the process or
+    /// through a mapping it allocates the page.
     fn supply(&self, piece: &Piece, scratch: &mut Scratch) -> io::Result<Supplied> {
         let region = self.region(piece.region)?;
         check_piece(region, piece, scratch)?;
-        let supplied = match &region.reach {
-            Reach::Mapped(shared) if shared.is_sealed() => self.supply_mapped(piece, shared, scratch)?,
-            Reach::Mapped(_) | Reach::Copied => self.supply_copied(piece, scratch)?,
+        let mapping = match &region.reach {
+            Reach::Shared(shared) => shared.mapping(),
+            Reach::Process | Reach::PrivateFile(_) => None,
+        };
+        let supplied = match mapping {
+            Some(mapping) => self.supply_mapped(piece, mapping, scratch)?,
+            None => self.supply_copied(piece, scratch)?,
         };
         region.record(piece, supplied.write);
         Ok(supplied)
@@ -53,11 +58,15 @@ impl GuestRam {
     fn supply_mapped(
         &self,
         piece: &Piece,
-        shared: &SharedBlock,
+        mapping: &SealedMapping,
         scratch: &mut Scratch,
     ) -> io::Result<Supplied> {
         let marked = Mask(piece.mask);
-        let base = shared.address(piece.offset);
+        mapping.populate(piece.offset, piece.grain.into(), marked).map_err(|(offset, source)| {
+            let block = self.block(piece.region as usize);
+            block_fault(block, block.address + offset, source)
+        })?;
+        let base = mapping.address(piece.offset);
         // SAFETY: the marked pages have data in the file, which is sealed against shrinking, and lie within
         // the mapping. The guest may write them meanwhile, which the scan allows for.
         let data = unsafe { nonzero_mask(base, piece.len as usize, piece.grain as usize, marked) };

@@ -2,6 +2,8 @@
 
 #![allow(clippy::print_stdout, reason = "a test that leaves something out says what it misses")]
 
+mod huge;
+mod kinds;
 mod process;
 mod save;
 mod wrong;
@@ -10,7 +12,7 @@ use std::collections::BTreeSet;
 use std::io;
 
 use page::{PageCount, PageIndex, PageRange, PageSet};
-use vmstate_mem::{Backing, GuestRam, PagemapMethod, find_holders};
+use vmstate_mem::{Backing, FilePart, GuestRam, Medium, PagemapMethod, find_holders};
 
 use process::{Memory, Process, block};
 
@@ -132,7 +134,8 @@ fn a_memfd_has_pages_where_they_were_touched() {
         touch(&mut process, memfd.memory, &TOUCHED);
         let ram = GuestRam::attach(process.peer(), &[block("ram", memfd.memory)]).expect("a memfd");
         let (device, inode) = (memfd.device, memfd.inode);
-        assert_eq!(*ram.backing(0), Backing::SharedMemfd { device, inode, file_offset: 0 });
+        assert_eq!(*ram.backing(0), Backing::SharedFile(FilePart { device, inode, offset: 0 }));
+        assert_eq!(ram.medium(0), Some(Medium::Shmem));
         let found = presence(&ram, 0, PagemapMethod::Auto).expect("SEEK_DATA");
         assert!(found == page_set(64 * MIB / PAGE, &TOUCHED), "sealed {sealed}: {:?}", found.runs());
         ram.recheck().expect("nothing has changed");

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::ptr::null_mut;
 use std::sync::Arc;
@@ -91,6 +91,21 @@ impl Process {
         Memfd { memory, number: answer[1] as u32, device: answer[2], inode: answer[3] }
     }
 
+    /// Has `kind LENGTH` mapped, a command whose answer starts with an address.
+    pub fn map(&mut self, kind: &str, length: u64) -> Memory {
+        self.try_map(kind, length).unwrap_or_else(|reason| panic!("{kind}: {reason}"))
+    }
+
+    /// The same, for what this system may not have.
+    pub fn try_map(&mut self, kind: &str, length: u64) -> Result<Memory, String> {
+        let (command, rest) = kind.split_once(' ').unwrap_or((kind, ""));
+        let answer = self.tell(format!("{command} {length} {rest}").trim_end());
+        match answer[0].parse() {
+            Ok(address) => Ok(Memory { address, length }),
+            Err(_) => Err(answer.join(" ")),
+        }
+    }
+
     pub fn fill(&mut self, memory: Memory, from: u64, to: u64, byte: u8) {
         assert!(from < to && to <= memory.length);
         self.tell(&format!("fill {} {} {byte}", memory.address + from, to - from));
@@ -145,13 +160,32 @@ fn obey(words: &[&str], files: &mut Vec<OwnedFd>) -> String {
     match words[0] {
         "anonymous" => anonymous(MapFlags::PRIVATE),
         "shared-anonymous" => anonymous(MapFlags::SHARED),
+        "huge-anonymous" => anonymous(sharing(words[2]) | MapFlags::HUGETLB),
         "memfd" => memfd(number(1), number(2) == 1, files),
-        "private-file" => {
-            let file = File::open("/proc/self/exe").expect("this test program");
-            // SAFETY: a fresh mapping at an address of the kernel's choice.
-            let mapped = unsafe { mmap(null_mut(), number(1), ProtFlags::READ, MapFlags::PRIVATE, &file, 0) };
-            mapped.expect("a mapping").expose_provenance().to_string()
+        "huge-memfd" => {
+            let file = memfd_create("test ram", MemfdFlags::HUGETLB | MemfdFlags::CLOEXEC).expect("a memfd");
+            ftruncate(&file, number(1) as u64).expect("a length");
+            let address = map_file(&file, number(1), 0, sharing(words[2]));
+            files.push(file);
+            let file = files.last().expect("just pushed");
+            format!("{address} {}", file.as_raw_fd())
         }
+        // file LENGTH SHARING OFFSET PATH
+        "file" => {
+            let file = File::options().read(true).write(true).open(words[4]).expect("a file");
+            let address = map_file(&file, number(1), number(3) as u64, sharing(words[2]));
+            files.push(file.into());
+            address.to_string()
+        }
+        "device" => {
+            let file = File::open("/dev/zero").expect("/dev/zero");
+            map_file(&file, number(1), 0, MapFlags::PRIVATE).to_string()
+        }
+        "secret" => secret(number(1), files),
+        "userfault" => userfault(number(1), number(2), files).map_or_else(error_number, |_| "0".to_owned()),
+        "poison" => userfault(number(1), number(2), files)
+            .and_then(|fd| poison(fd, number(1), number(2)))
+            .map_or_else(error_number, |()| "0".to_owned()),
         "fill" => {
             let byte = u8::try_from(number(3)).expect("a byte");
             // SAFETY: the parent names memory that this process mapped for it and nobody else uses.
@@ -192,6 +226,78 @@ fn obey(words: &[&str], files: &mut Vec<OwnedFd>) -> String {
         }
         "look-into" => look_into(number(1) as u32),
         other => panic!("no such command: {other}"),
+    }
+}
+
+fn sharing(word: &str) -> MapFlags {
+    match word {
+        "shared" => MapFlags::SHARED,
+        "private" => MapFlags::PRIVATE,
+        other => panic!("no such sharing: {other}"),
+    }
+}
+
+/// Maps a file, writable where it was opened so.
+fn map_file(file: impl AsFd, length: usize, offset: u64, flags: MapFlags) -> usize {
+    let map = |protection| {
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        unsafe { mmap(null_mut(), length, protection, flags, file.as_fd(), offset) }
+    };
+    let mapped = map(ProtFlags::READ | ProtFlags::WRITE).expect("a mapping");
+    small_pages(mapped.cast(), length)
+}
+
+fn error_number(error: std::io::Error) -> String {
+    error.raw_os_error().unwrap_or(-1).to_string()
+}
+
+/// Memory that not even the kernel reads; the answer is its address or why there is none.
+fn secret(length: usize, files: &mut Vec<OwnedFd>) -> String {
+    // SAFETY: a system call that takes a number and gives a descriptor.
+    let number = unsafe { libc::syscall(libc::SYS_memfd_secret, 0) };
+    if number < 0 {
+        return format!("error {}", error_number(std::io::Error::last_os_error()));
+    }
+    // SAFETY: a fresh descriptor, which nobody else has.
+    let file = unsafe { OwnedFd::from_raw_fd(number as i32) };
+    ftruncate(&file, length as u64).expect("a length");
+    let address = map_file(&file, length, 0, MapFlags::SHARED);
+    files.push(file);
+    address.to_string()
+}
+
+// linux/userfaultfd.h.
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFDIO_POISON: libc::c_ulong = 0xc020_aa08;
+const UFFD_FEATURE_POISON: u64 = 1 << 14;
+const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+
+/// Has missing pages of a range reported to a userfaultfd, whose number it gives; `files` keep it.
+fn userfault(start: usize, length: usize, files: &mut Vec<OwnedFd>) -> std::io::Result<i32> {
+    // SAFETY: a system call that takes flags and gives a descriptor.
+    let number = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    let number = i32::try_from(number).ok().filter(|number| *number >= 0);
+    let number = number.ok_or_else(std::io::Error::last_os_error)?;
+    // SAFETY: a fresh descriptor, which nobody else has.
+    files.push(unsafe { OwnedFd::from_raw_fd(number) });
+    // A kernel without poison refuses the feature; the descriptor then does all the rest.
+    if order(number, UFFDIO_API, &mut [0xaa, UFFD_FEATURE_POISON, 0]).is_err() {
+        order(number, UFFDIO_API, &mut [0xaa, 0, 0])?;
+    }
+    order(number, UFFDIO_REGISTER, &mut [start as u64, length as u64, UFFDIO_REGISTER_MODE_MISSING, 0])?;
+    Ok(number)
+}
+
+fn poison(number: i32, start: usize, length: usize) -> std::io::Result<()> {
+    order(number, UFFDIO_POISON, &mut [start as u64, length as u64, 0, 0])
+}
+
+fn order<const N: usize>(number: i32, code: libc::c_ulong, argument: &mut [u64; N]) -> std::io::Result<()> {
+    // SAFETY: the argument has as many words as the code says, and the kernel keeps no pointer to it.
+    match unsafe { libc::ioctl(number, code as _, argument.as_mut_ptr()) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 

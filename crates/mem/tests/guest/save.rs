@@ -12,7 +12,7 @@ use crate::process::{Memfd, Memory, Process, block};
 use crate::{MIB, PAGE, TOUCHED};
 
 /// Writes region 0 into a file whose page 0 is at `pages_offset`; gives the file and the pages of data.
-fn save(process: &Process, memory: Memory, pages_offset: u64) -> (Vec<u8>, PageSet) {
+pub fn save(process: &Process, memory: Memory, pages_offset: u64) -> (Vec<u8>, PageSet) {
     let ram = GuestRam::attach(process.peer(), &[block("ram", memory)]).expect("a block");
     let ram = Arc::new(ram);
     let directory = tempfile::tempdir().expect("a temporary directory");
@@ -39,7 +39,7 @@ fn save(process: &Process, memory: Memory, pages_offset: u64) -> (Vec<u8>, PageS
 }
 
 /// What the block holds after [`fill`].
-fn model(memory: Memory, fills: &[(u64, u64, u8)]) -> Vec<u8> {
+pub fn model(memory: Memory, fills: &[(u64, u64, u8)]) -> Vec<u8> {
     let mut bytes = vec![0; memory.length as usize];
     for &(from, to, byte) in fills {
         bytes[from as usize..to as usize].fill(byte);
@@ -47,7 +47,7 @@ fn model(memory: Memory, fills: &[(u64, u64, u8)]) -> Vec<u8> {
     bytes
 }
 
-fn fill(process: &mut Process, memory: Memory, fills: &[(u64, u64, u8)]) {
+pub fn fill(process: &mut Process, memory: Memory, fills: &[(u64, u64, u8)]) {
     for &(from, to, byte) in fills {
         process.fill(memory, from, to, byte);
     }
@@ -74,7 +74,7 @@ fn must_and_may(bytes: &[u8]) -> (PageSet, PageSet) {
 }
 
 /// Data, zeros that were written, crumbs, and bytes at both ends of pages.
-fn fills(length: u64) -> Vec<(u64, u64, u8)> {
+pub fn fills(length: u64) -> Vec<(u64, u64, u8)> {
     let mut fills: Vec<(u64, u64, u8)> = TOUCHED
         .iter()
         .enumerate()
@@ -91,7 +91,7 @@ fn fills(length: u64) -> Vec<(u64, u64, u8)> {
     fills
 }
 
-fn check_saved(saved: &(Vec<u8>, PageSet), model: &[u8], pages_offset: u64, name: &str) {
+pub fn check_saved(saved: &(Vec<u8>, PageSet), model: &[u8], pages_offset: u64, name: &str) {
     let (file, data) = saved;
     assert!(file[pages_offset as usize..] == *model, "{name}: the file differs from the memory");
     assert!(file[..pages_offset as usize].iter().all(|byte| *byte == 0));

@@ -1,7 +1,7 @@
 //! Processes that end, memory that moves, kinds that cannot be reached, permissions that are not there.
 
 use ::io::{Piece, Scratch, Supply};
-use page::Window;
+use page::{PageRange, Window};
 use vmstate_mem::{AttachError, AttachReason, GuestRam, PagemapMethod, Peer, PeerError, RecheckError};
 
 use crate::process::{Memory, Process, block};
@@ -16,20 +16,58 @@ fn refuse(process: &Process, memory: Memory) -> String {
 #[test]
 fn kinds_that_cannot_be_reached_say_what_they_are() {
     let mut process = Process::start();
-    let mapped = |process: &mut Process, kind: &str| Memory {
-        address: process.tell(&format!("{kind} {MIB}"))[0].parse().expect("an address"),
-        length: MIB,
-    };
-    let shared = mapped(&mut process, "shared-anonymous");
-    let text = "block `pc.ram`: cannot be reached from outside: shared anonymous memory";
-    assert_eq!(refuse(&process, shared), text);
-    let file = mapped(&mut process, "private-file");
-    let program = std::env::current_exe().expect("this test program");
-    let text = format!(
-        "block `pc.ram`: cannot be reached from outside: a private mapping of the file `{}`",
-        program.display()
-    );
-    assert_eq!(refuse(&process, file), text);
+    let unreachable = |reason: &str| format!("block `pc.ram`: cannot be reached from outside: {reason}");
+    let device = process.map("device", MIB);
+    assert_eq!(refuse(&process, device), unreachable("memory of the device `/dev/zero`"));
+    match process.try_map("secret", MIB) {
+        Ok(secret) => assert_eq!(refuse(&process, secret), unreachable("secret memory (memfd_secret)")),
+        Err(reason) => println!("secret memory not tested here: memfd_secret says {reason}"),
+    }
+}
+
+#[test]
+fn memory_that_userfaultfd_still_fills_is_refused_until_it_is_all_there() {
+    let mut process = Process::start();
+    let (awaited, other) = (process.anonymous(4 * MIB), process.anonymous(MIB));
+    let answer = process.tell(&format!("userfault {} {}", awaited.address + MIB, MIB));
+    if answer[0] != "0" {
+        println!("userfaultfd not tested here: it says error {}", answer[0]);
+        return;
+    }
+    let text = "block `pc.ram`: cannot be reached from outside: its missing pages are still to come \
+                (userfaultfd: a postcopy is under way)";
+    assert_eq!(refuse(&process, awaited), text);
+    GuestRam::attach(process.peer(), &[block("other", other)]).expect("nothing is awaited there");
+    process.tell("close-files");
+    GuestRam::attach(process.peer(), &[block("pc.ram", awaited)]).expect("nothing is awaited any more");
+}
+
+#[test]
+fn a_page_that_is_lost_is_an_error_and_not_a_zero() {
+    // A poisoned page of userfaultfd reads as one that the hardware has lost does: not at all.
+    let mut process = Process::start();
+    let memory = process.anonymous(MIB);
+    process.fill(memory, 0, 10 * PAGE, 1);
+    let lost = memory.address + 20 * PAGE;
+    let answer = process.tell(&format!("poison {lost} {PAGE}"));
+    if answer[0] != "0" {
+        println!(
+            "poisoned pages not tested here: userfaultfd says error {} (Linux has them since 6.6)",
+            answer[0]
+        );
+        return;
+    }
+    process.tell("close-files");
+    let ram = GuestRam::attach(process.peer(), &[block("pc.ram", memory)]).expect("private memory");
+    for method in [PagemapMethod::Auto, PagemapMethod::Entries] {
+        let found = presence(&ram, 0, method).expect("pagemap");
+        let expected = [PageRange::new(0, 10), PageRange::new(20, 21)];
+        assert_eq!(found.runs().collect::<Vec<_>>(), expected, "{method:?}");
+    }
+    let window = ram.windows(0).expect("pagemap").next().expect("a window").expect("a window");
+    let mut scratch = Scratch::new(MIB as usize).expect("a slab");
+    let refused = ram.supply(&ram.piece(0, &window, 0), &mut scratch).map(drop).expect_err("a lost page");
+    assert_eq!(refused.to_string(), format!("block `pc.ram` at address {lost:#x}"));
 }
 
 #[test]
@@ -46,11 +84,11 @@ fn memory_that_is_not_all_there_is_refused_with_the_address() {
 }
 
 #[test]
-fn a_memfd_that_ends_amid_the_block_is_refused() {
+fn a_file_that_ends_amid_the_block_is_refused() {
     let mut process = Process::start();
     let memfd = process.memfd(4 * MIB, false);
     process.tell(&format!("truncate {MIB}"));
-    let text = "block `pc.ram`: cannot be reached from outside: its memfd ends at 0x100000, amid the block";
+    let text = "block `pc.ram`: cannot be reached from outside: its file ends at 0x100000, amid the block";
     assert_eq!(refuse(&process, memfd.memory), text);
 }
 
