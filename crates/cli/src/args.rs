@@ -119,6 +119,10 @@ pub struct Restore {
     #[command(flatten)]
     pub record: RecordArgs,
 
+    /// Restore although devices or disks are not as they were when the guest was saved
+    #[arg(long)]
+    pub force: bool,
+
     /// Where the messages of the QEMU that is started go [default: kept, and shown if the restore fails]
     #[arg(long, value_name = "FILE")]
     pub qemu_log: Option<PathBuf>,

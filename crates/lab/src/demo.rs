@@ -191,6 +191,7 @@ fn restore(
         channels: None,
         direct_io: DirectIo::Auto,
         record: Record::AsItWas,
+        force: false,
     };
     let report = vmstate::restore(&settings, cancel, &Unobserved)?;
     let reached = serial.wait_for_round(round + 2, None, DEADLINE).map_err(lab);

@@ -69,6 +69,7 @@ fn check(machine: MachineKind, backend: MemoryBackend) {
         channels: Some(3),
         direct_io: DirectIo::Auto,
         record: Record::Running,
+        force: false,
     };
     let restored = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved);
     let restored = restored.unwrap_or_else(|error| panic!("{}", error.chain()));

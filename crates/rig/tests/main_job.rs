@@ -39,6 +39,7 @@ fn restore(image: &Path, target: Target) -> RestoreReport {
         channels: None,
         direct_io: vmstate::DirectIo::Auto,
         record: Record::AsItWas,
+        force: false,
     };
     vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved)
         .unwrap_or_else(|error| panic!("{}", error.chain()))
@@ -239,6 +240,7 @@ fn a_target_whose_memory_is_not_zero_where_the_image_is_gets_refused() {
         channels: None,
         direct_io: vmstate::DirectIo::Auto,
         record: Record::AsItWas,
+        force: false,
     };
     let error = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap_err();
     assert_eq!(error.kind(), vmstate::Kind::Incompatible);

@@ -36,6 +36,7 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
         channels: args.channels,
         direct_io: args.direct_io.choice(),
         record: args.record.choice(),
+        force: args.force,
     };
     let cancel = cancel_on_signals()?;
     let mut report = vmstate::restore(&settings, &cancel, &Reporter { verbose: args.report.verbose })?;

@@ -27,6 +27,7 @@ fn restore(
         channels: None,
         direct_io: DirectIo::Auto,
         record: Record::AsItWas,
+        force: false,
     };
     vmstate::restore(&settings, cancel, observer)
 }

@@ -2,7 +2,6 @@
 
 mod inspect;
 mod restore;
-mod restore_check;
 mod save;
 
 use std::time::{Duration, Instant};

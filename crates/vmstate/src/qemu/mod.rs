@@ -1,12 +1,16 @@
 //! A running QEMU as vmstate meets it: a session over QMP that owes back whatever it changes.
 
 mod blocks;
+mod device_state;
+mod facts;
 mod launch;
 mod probe;
 mod process;
 mod session;
 
 pub use blocks::{HostBlock, host_blocks};
+pub use device_state::device_state;
+pub use facts::{guest_facts, stat_disks};
 pub(crate) use launch::lock_hint;
 pub use launch::{LaunchSettings, Launched, launch};
 pub use probe::{Probe, Probed, probe};

@@ -1,8 +1,5 @@
 //! The direct way: QEMU gives the device state, vmstate takes the RAM from outside and composes the image.
 
-use std::fs::File;
-use std::io::{Read, Seek};
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Instant;
@@ -10,23 +7,19 @@ use std::time::Instant;
 use io::{Cancel, Counters, Draft, LaneSettings, WriteLanes};
 use mem::{AttachError, AttachReason, BlockAddress, GuestRam, PeerError};
 use page::PageSize;
-use rustix::fs::{MemfdFlags, Mode, OFlags};
 
 use super::{Carried, SaveSettings, Stopwatch, anonymous_memory_bytes};
-use crate::manifest::Manifest;
+use crate::manifest::{GuestFacts, Manifest};
 use crate::qemu::{self, HostBlock, Probe, Probed, Session};
 use crate::sink::{MappedRamComposition, bitmap_pieces};
 use crate::{Error, Kind, Result};
-
-/// The most device state that is taken. It is held in memory once; that of a large guest with a graphics
-/// card has some tens of MiB.
-const DEVICE_STATE_LEN_MAX: u64 = 1 << 30;
 
 /// Everything that can be found out while the guest still runs.
 pub(super) struct Prepared {
     probe: Probe,
     blocks: Vec<HostBlock>,
     ram: Arc<GuestRam>,
+    facts: GuestFacts,
 }
 
 /// Finds out whether the guest can be carried this way, and gets as far as can be got without stopping it.
@@ -50,7 +43,8 @@ pub(super) fn prepare(settings: &SaveSettings, session: &mut Session) -> Result<
             None => error,
         }
     })?;
-    Ok(Prepared { probe, blocks, ram: Arc::new(ram) })
+    let facts = qemu::guest_facts(&mut session.client)?;
+    Ok(Prepared { probe, blocks, ram: Arc::new(ram), facts })
 }
 
 /// What would help where the kernel forbids to look into the process.
@@ -105,7 +99,7 @@ pub(super) fn carry(
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
 ) -> Result<Carried> {
-    let Prepared { probe, blocks, ram } = prepared;
+    let Prepared { probe, blocks, ram, mut facts } = prepared;
     watch.phase("stop");
     let stopped_at = Instant::now();
     let before = session.pause()?;
@@ -116,8 +110,9 @@ pub(super) fn carry(
 
     watch.phase("device state");
     let run_state = super::recorded_state(settings.record, &before);
-    let devices = device_state(session)?;
-    let manifest = Manifest::now(&session.version, "direct", &run_state);
+    let devices = qemu::device_state(session)?;
+    qemu::stat_disks(&mut facts, Some(ram.peer().pid()));
+    let manifest = Manifest::now(&session.version, "direct", &run_state, facts);
     let composition = MappedRamComposition::new(&probe, devices, &run_state, &manifest)?;
 
     watch.phase("ram");
@@ -167,36 +162,6 @@ pub(super) fn carry(
         read_at,
         memory_bytes,
     })
-}
-
-/// The output of `xen-save-devices-state`, through a descriptor: a confined QEMU could not open a path.
-fn device_state(session: &mut Session) -> Result<Vec<u8>> {
-    let memfd = rustix::fs::memfd_create("vmstate-device-state", MemfdFlags::CLOEXEC)
-        .map_err(|error| Error::io("cannot create a memfd", error))?;
-    let mut memfd = File::from(memfd);
-    // QEMU takes a descriptor from a set only if its access mode is the one wanted, and a memfd's own is
-    // read and write.
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&memfd));
-    let write_only = rustix::fs::open(&path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|error| Error::io("cannot open a memfd for writing", error))?;
-    let fdset = session.add_fdset(&[write_only.as_fd()])?;
-    drop(write_only);
-    session.client.save_devices_state(&format!("/dev/fdset/{fdset}"))?;
-    session.remove_fdset(fdset)?;
-
-    let failed = |error| Error::io("cannot read the device state back", error);
-    let len = memfd.metadata().map_err(failed)?.len();
-    if len > DEVICE_STATE_LEN_MAX {
-        return Err(Error::new(
-            Kind::Unsupported,
-            format!("the device state has {len} bytes, more than {DEVICE_STATE_LEN_MAX}"),
-        )
-        .hint("save with --via qemu"));
-    }
-    let mut bytes = Vec::with_capacity(len as usize);
-    memfd.rewind().map_err(failed)?;
-    memfd.take(DEVICE_STATE_LEN_MAX).read_to_end(&mut bytes).map_err(failed)?;
-    Ok(bytes)
 }
 
 /// Deals every page that is there to the lanes, a window at a time.

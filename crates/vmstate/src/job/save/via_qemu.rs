@@ -11,7 +11,7 @@ use wire::qemu::global_state;
 use super::{Carried, SaveSettings, Stopwatch, anonymous_memory_bytes};
 use crate::error::FULL_HINT;
 use crate::manifest::Manifest;
-use crate::qemu::Session;
+use crate::qemu::{self, Session};
 use crate::qmp::RunStatus;
 use crate::source::MappedRamFile;
 use crate::{Error, Kind, Result};
@@ -45,6 +45,14 @@ pub(super) fn carry(
             _ => error,
         })?;
 
+    let mut facts = qemu::guest_facts(&mut session.client)?;
+    let peer = match qemu::find_process(session, settings.pid) {
+        Ok(peer) => Some(peer),
+        // Only for looking at disks with relative names.
+        Err(error) if error.kind() == Kind::Unsupported => None,
+        Err(error) => return Err(error),
+    };
+
     watch.phase("stop");
     let stopped_at = Instant::now();
     // A guest that runs writes pages twice, and a page that became zero keeps its old bytes in the file.
@@ -74,7 +82,9 @@ pub(super) fn carry(
 
     watch.phase("metadata");
     let run_state = super::recorded_state(settings.record, &before);
-    let manifest = Manifest::now(&session.version, "qemu", &run_state);
+    // By now QEMU has given the disks up, after which it does not write them.
+    qemu::stat_disks(&mut facts, peer.map(|peer| peer.pid()));
+    let manifest = Manifest::now(&session.version, "qemu", &run_state, facts);
     let data_bytes = complete(draft, &before, &run_state, &manifest)?;
     Ok(Carried {
         run_state,

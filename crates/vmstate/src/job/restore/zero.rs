@@ -1,5 +1,5 @@
-//! What QEMU does not check of an image and a target: before the load, that they fit; after it, that
-//! nothing is left in the target's memory that the image has as zero.
+//! What QEMU does not check after a load: that nothing is left in the target's memory that the image has as
+//! zero.
 
 use std::sync::Arc;
 
@@ -12,45 +12,6 @@ use crate::{Error, Kind, Result};
 
 /// How much of a page run is read at once.
 const CHUNK: usize = 1 << 20;
-
-/// Compares machine and RAM blocks: QEMU takes an image of 64 MiB into a guest of 128 MiB without a word.
-///
-/// # Errors
-/// [`Kind::Incompatible`], naming both sides and what mends it.
-pub(super) fn compare(image: &MappedRamFile, session: &mut Session) -> Result<()> {
-    let layout = image.layout();
-    if let Some(configuration) = &layout.preamble.configuration {
-        let class = session.client.qom_string("/machine", "type")?;
-        let machine = class.strip_suffix("-machine").unwrap_or(&class);
-        if configuration.machine != machine {
-            let clause = format!("target is a `{machine}`, image has a `{}`", configuration.machine);
-            return Err(Error::new(Kind::Incompatible, clause)
-                .hint(format!("start the target with -machine {}", configuration.machine)));
-        }
-    }
-    let targets = qemu::host_blocks(&mut session.client)?;
-    for block in &layout.blocks {
-        let name = block.name.as_str();
-        let Some(target) = targets.iter().find(|target| target.name == name) else {
-            return Err(Error::new(Kind::Incompatible, format!("target has no RAM block `{name}`")).hint(
-                "start the target with the devices and memory backends that the guest was saved with",
-            ));
-        };
-        if target.used_length != block.used_length {
-            let (has, wants) = (target.used_length, block.used_length);
-            let error = Error::new(
-                Kind::Incompatible,
-                format!("target has {has:#x} bytes for `{name}`, image has {wants:#x}"),
-            );
-            let is_main = layout.blocks.iter().all(|other| other.used_length <= wants);
-            return Err(match is_main {
-                true => error.hint(format!("start the target with -m {}M", wants >> 20)),
-                false => error.hint("start the target with the devices that the guest was saved with"),
-            });
-        }
-    }
-    Ok(())
-}
 
 /// Whether the target's memory could be looked at.
 pub(super) enum Verified {

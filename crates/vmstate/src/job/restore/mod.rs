@@ -1,14 +1,18 @@
 //! Restore: an image becomes a guest again, in a QEMU that is started for it or one that waits.
 
+mod fit;
+mod zero;
+
 use std::ffi::OsString;
-use std::os::fd::AsFd;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use io::{Cancel, ReadPair};
 use serde_json::json;
 
-use super::restore_check::{Verified, compare, verify_zero};
+use self::zero::{Verified, verify_zero};
 use super::save::{CHANNELS_MAX, default_channels};
 use super::{DirectIo, Observer, Phases, Stopwatch};
 use crate::net::QmpAddress;
@@ -56,6 +60,8 @@ pub struct RestoreSettings {
     pub direct_io: DirectIo,
     /// The state to bring the guest to.
     pub record: Record,
+    /// Whether a target is taken that does not fit in ways that may be meant: other devices, changed disks.
+    pub force: bool,
 }
 
 /// What a restore did.
@@ -103,9 +109,7 @@ pub fn restore(
     }
     let mut watch = Stopwatch::start(observer);
     watch.phase("check image");
-    let image = MappedRamFile::open(&settings.image)?;
-    image.verify()?;
-    let summary = image.summary()?;
+    let cannot_open = |error| Error::io(format!("cannot open {}", settings.image.display()), error);
     let pair = ReadPair::open(
         &settings.image,
         match settings.direct_io {
@@ -114,7 +118,13 @@ pub fn restore(
             DirectIo::Off => io::DirectChoice::Off,
         },
     )
-    .map_err(|error| Error::io(format!("cannot open {}", settings.image.display()), error))?;
+    .map_err(cannot_open)?;
+    // The very file that QEMU gets, whatever its name stands for by then, but with a position of its own:
+    // QEMU starts to read where its descriptor stands.
+    let own = format!("/proc/self/fd/{}", pair.buffered.as_raw_fd());
+    let image = MappedRamFile::from_file(File::open(own).map_err(cannot_open)?, &settings.image)?;
+    image.verify()?;
+    let summary = image.summary()?;
     if let io::DirectIo::Unsupported { reason } = &pair.direct_io {
         observer.note(&format!("no direct I/O: {reason}"));
     }
@@ -194,7 +204,7 @@ fn load(
     let wants_pause = launched.is_some_and(|launched| launched.wants_pause);
     watch.phase("compare");
     require_waiting(session)?;
-    compare(image, session)?;
+    fit::compare(image, session, pid, settings.force, watch.observer)?;
     session
         .configure(
             &["mapped-ram", "multifd"],
@@ -240,7 +250,8 @@ fn load(
     let run = match settings.record {
         Record::Running => true,
         Record::Paused => false,
-        Record::AsItWas => recorded == "running" && !wants_pause,
+        // A suspended guest has to be let go, too, so that it can be woken.
+        Record::AsItWas => matches!(recorded, "running" | "suspended") && !wants_pause,
     };
     if run {
         session.client.cont().map_err(|error| match qemu::lock_hint(&error.chain()) {

@@ -1,0 +1,127 @@
+//! What a QEMU tells of its guest beside the guest's state, for the manifest and for comparing a target.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::Result;
+use crate::manifest::{Disk, FileState, GuestFacts, MemoryBackend};
+use crate::qmp::Client;
+
+/// Asks for everything but the state of the disks' files, which counts only once the guest stands still:
+/// see [`stat_disks`].
+///
+/// # Errors
+/// As every QMP command; a command that this QEMU lacks leaves its fact empty.
+pub fn guest_facts(client: &mut Client) -> Result<GuestFacts> {
+    let kvm = ask(client, "query-kvm")?;
+    let cpus = ask(client, "query-cpus-fast")?;
+    let cpu_model = match cpus[0]["qom-path"].as_str() {
+        Some(path) => refused(client.qom_string(path, "type"))?.unwrap_or_default(),
+        None => String::new(),
+    };
+    let backends = ask(client, "query-memdev")?;
+    let disks = ask(client, "query-block")?;
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    Ok(GuestFacts {
+        accelerator: if kvm["enabled"].as_bool() == Some(true) { "kvm" } else { "tcg" }.to_owned(),
+        cpu_model,
+        cpus: cpus.as_array().map_or(0, Vec::len) as u32,
+        memory_backends: list(&backends)
+            .map(|backend| MemoryBackend {
+                id: text(&backend["id"]),
+                size: backend["size"].as_u64().unwrap_or_default(),
+                share: backend["share"].as_bool().unwrap_or_default(),
+            })
+            .collect(),
+        disks: list(&disks).filter_map(disk).collect(),
+    })
+}
+
+fn list(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}
+
+fn disk(entry: &Value) -> Option<Disk> {
+    let inserted = entry.get("inserted")?;
+    let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+    Some(Disk {
+        device: text(&entry["qdev"]).or_else(|| text(&entry["device"])).unwrap_or_default(),
+        file: text(&inserted["file"]).unwrap_or_default(),
+        format: text(&inserted["drv"]).unwrap_or_default(),
+        virtual_bytes: inserted["image"]["virtual-size"].as_u64().unwrap_or_default(),
+        read_only: inserted["ro"].as_bool().unwrap_or_default(),
+        state: None,
+    })
+}
+
+/// Runs a query; `Null` where QEMU refuses it.
+fn ask(client: &mut Client, command: &str) -> Result<Value> {
+    Ok(refused(client.execute(command, json!({})))?.unwrap_or(Value::Null))
+}
+
+/// Facts are worth having, not worth failing for: a refusal is `None`, a lost connection an error.
+fn refused<T>(answer: Result<T>) -> Result<Option<T>> {
+    match answer {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.is_refusal() => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Looks at the disks' files. A relative name is QEMU's, so its working directory is needed: that of `pid`.
+pub fn stat_disks(facts: &mut GuestFacts, pid: Option<u32>) {
+    for disk in &mut facts.disks {
+        disk.state = local_path(&disk.file, pid).and_then(|path| FileState::of(&path));
+    }
+}
+
+/// The path of a disk that is a local file, as seen from here; `None` for network disks and the like.
+fn local_path(file: &str, pid: Option<u32>) -> Option<PathBuf> {
+    let path = Path::new(file);
+    if path.is_absolute() {
+        return Some(path.to_owned());
+    }
+    // `nbd://`, `json:{...}`, `rbd:pool/image` and their like name no file.
+    if file.is_empty() || file.split('/').next().is_some_and(|first| first.contains(':')) {
+        return None;
+    }
+    Some(PathBuf::from(format!("/proc/{}/cwd", pid?)).join(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_local_files_have_a_path() {
+        for (file, pid, expected) in [
+            ("/images/a.qcow2", None, Some("/images/a.qcow2")),
+            ("a.qcow2", Some(7), Some("/proc/7/cwd/a.qcow2")),
+            ("dir/a.qcow2", Some(7), Some("/proc/7/cwd/dir/a.qcow2")),
+            ("a.qcow2", None, None),
+            ("nbd://host/x", Some(7), None),
+            ("json:{\"driver\":\"raw\"}", Some(7), None),
+            ("rbd:pool/image", Some(7), None),
+            ("", Some(7), None),
+        ] {
+            assert_eq!(local_path(file, pid).as_deref(), expected.map(Path::new), "{file}");
+        }
+    }
+
+    #[test]
+    fn disks_are_told_apart_and_empty_drives_left_out() {
+        let answer = json!([
+            { "device": "cd", "qdev": "/machine/unattached/device[9]" },
+            { "device": "", "qdev": "disk0", "inserted": {
+                "file": "/a.qcow2", "drv": "qcow2", "ro": false, "image": { "virtual-size": 4096 } } },
+            { "device": "boot", "inserted": { "file": "b.raw", "drv": "raw", "ro": true, "image": {} } },
+        ]);
+        let disks: Vec<_> = list(&answer).filter_map(disk).collect();
+        let rows: Vec<_> = disks
+            .iter()
+            .map(|d| (d.device.as_str(), d.format.as_str(), d.virtual_bytes, d.read_only))
+            .collect();
+        assert_eq!(rows, [("disk0", "qcow2", 4096, false), ("boot", "raw", 0, true)]);
+    }
+}
