@@ -31,6 +31,9 @@ pub const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// The hint of every error that says that the connection was closed.
 pub(crate) const CLOSED_HINT: &str = "look at QEMU's own messages: it has probably exited";
 
+/// The hint of every error that says that something else listens.
+const ADDRESS_HINT: &str = "give the path of QEMU's own QMP socket: -qmp unix:PATH,server=on,wait=off";
+
 /// An event that QEMU sent by itself.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
@@ -138,7 +141,8 @@ impl Client {
             .hint("another client holds this socket: close it, or give QEMU a second -qmp socket for vmstate")
         })?;
         if greeting.get("QMP").is_none() {
-            return Err(Error::new(Kind::Peer, format!("what listens at {} is no QMP monitor", client.name)));
+            return Err(Error::new(Kind::Peer, format!("what listens at {} is no QMP monitor", client.name))
+                .hint(ADDRESS_HINT));
         }
         client.greeting = greeting;
         client.execute("qmp_capabilities", json!({}))?;
@@ -302,6 +306,7 @@ impl Client {
                 return message.map(Some).map_err(|error| {
                     Error::new(Kind::Peer, format!("what listens at {} does not speak QMP", self.name))
                         .because(error)
+                        .hint(ADDRESS_HINT)
                 });
             }
             self.searched = self.buffer.len();
@@ -328,8 +333,7 @@ impl Client {
     }
 
     fn closed(&self) -> Error {
-        Error::new(Kind::Peer, format!("QEMU closed the QMP connection at {}", self.name))
-            .hint(CLOSED_HINT)
+        Error::new(Kind::Peer, format!("QEMU closed the QMP connection at {}", self.name)).hint(CLOSED_HINT)
     }
 
     fn wait_readable(&self, deadline: Option<Instant>) -> Result<bool> {
