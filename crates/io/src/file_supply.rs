@@ -1,0 +1,145 @@
+//! Pieces whose bytes come from a file: the way back, from an image into memory that has a file of its own.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use crate::supply::{Piece, Scratch, Supplied, Supply, runs};
+
+/// A file of which every region is a part. What is read goes through the lane's scratch.
+#[derive(Debug)]
+pub struct FileSupply {
+    direct: Option<File>,
+    buffered: File,
+    align: usize,
+    /// Where in the file each region begins.
+    starts: Vec<u64>,
+}
+
+impl FileSupply {
+    /// The regions that begin at `starts` of a file that was opened with O_DIRECT, if that is wanted, and
+    /// without. Direct reads are aligned to `align`, a power of two, as [`crate::DirectIo::alignment`] has it.
+    ///
+    /// # Panics
+    /// When `align` is no power of two.
+    pub fn new(direct: Option<File>, buffered: File, align: usize, starts: Vec<u64>) -> FileSupply {
+        assert!(align.is_power_of_two(), "reads aligned to {align:#x} bytes");
+        FileSupply { direct, buffered, align, starts }
+    }
+
+    /// Fills `len` bytes at `local` from the file offset `offset`.
+    ///
+    /// # Safety
+    /// `local..local + len` must be mapped, writable and this call's alone.
+    unsafe fn read(&self, local: *mut u8, len: usize, offset: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < len {
+            let (at, rest) = (offset + done as u64, len - done);
+            let target = local.wrapping_add(done);
+            let fits = |n: u64| n.is_multiple_of(self.align as u64);
+            // What is misaligned, an odd end or what follows a short read, goes through the page cache.
+            let file = match &self.direct {
+                Some(direct) if fits(at) && fits(target.addr() as u64) && fits(rest as u64) => direct,
+                _ => &self.buffered,
+            };
+            let position =
+                libc::off_t::try_from(at).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+            // SAFETY: `target` is what is left of the range that the caller gave up to this call.
+            let read = unsafe { libc::pread(file.as_raw_fd(), target.cast(), rest, position) };
+            match usize::try_from(read) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => done += read,
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
+// SAFETY: the bytes lie in the lane's own scratch, which the lane keeps until it asks for its next piece, and
+// every grain that is named was filled by then.
+unsafe impl Supply for FileSupply {
+    fn supply(&self, piece: &Piece, scratch: &mut Scratch) -> io::Result<Supplied> {
+        let start = self.starts.get(piece.region as usize).ok_or(io::ErrorKind::InvalidInput)?;
+        scratch.reserve(piece.len as usize)?;
+        let base = scratch.as_mut_ptr();
+        for (first, last) in runs(piece.mask) {
+            let (from, to) = piece.bytes_of(first, last);
+            let offset = start.checked_add(piece.offset).and_then(|at| at.checked_add(from as u64));
+            let offset = offset.ok_or(io::ErrorKind::InvalidInput)?;
+            // SAFETY: a piece's bytes end at its length, for which the scratch was reserved above.
+            unsafe { self.read(base.wrapping_add(from), to - from, offset) }?;
+        }
+        Ok(Supplied { base, write: piece.mask })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
+
+    use crate::{Cancel, Counters, DirectChoice, LaneSettings, LaneTarget, ReadPair, WriteLanes};
+
+    const GRAIN: usize = 4096;
+
+    #[test]
+    fn marked_grains_arrive_and_others_stay_holes() {
+        for direct in [DirectChoice::Auto, DirectChoice::Off] {
+            let source = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+            let bytes: Vec<u8> = (0..64 * GRAIN + 100).map(|i| (i / GRAIN + i) as u8).collect();
+            // The region begins amid a unit of direct I/O, so that some reads cannot be direct.
+            for start in [0u64, 1 << 20, 512] {
+                source.as_file().write_all_at(&bytes, start).unwrap();
+                let pair = ReadPair::open(source.path(), direct).unwrap();
+                let align = pair.direct_io.alignment();
+                let supply = FileSupply::new(pair.direct, pair.buffered, align, vec![start]);
+                let target = tempfile::tempfile().unwrap();
+                target.set_len(bytes.len() as u64).unwrap();
+                let lanes = WriteLanes::start(
+                    LaneTarget::files(None, target.try_clone().unwrap()),
+                    Arc::new(supply),
+                    LaneSettings { lanes: 2, align: 4096 },
+                    Arc::new(Counters::default()),
+                    Cancel::new().unwrap(),
+                )
+                .unwrap();
+                let mask = [0b1011 | 1 << 63, 1, 0, 0];
+                lanes
+                    .deal(Piece {
+                        region: 0,
+                        offset: 0,
+                        target: 0,
+                        grain: GRAIN as u32,
+                        len: bytes.len() as u32,
+                        mask,
+                    })
+                    .unwrap();
+                lanes.finish().unwrap();
+                let mut arrived = vec![0; bytes.len()];
+                target.read_exact_at(&mut arrived, 0).unwrap();
+                for (i, byte) in arrived.iter().enumerate() {
+                    let wanted = mask[i / GRAIN / 64] >> (i / GRAIN % 64) & 1 == 1;
+                    assert_eq!(*byte, if wanted { bytes[i] } else { 0 }, "byte {i:#x}, start {start:#x}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_ends_early_is_an_error() {
+        let source = tempfile::tempfile().unwrap();
+        source.set_len(100).unwrap();
+        let supply = FileSupply::new(None, source, 4096, vec![0]);
+        let piece =
+            Piece { region: 0, offset: 0, target: 0, grain: GRAIN as u32, len: 4096, mask: [1, 0, 0, 0] };
+        let mut scratch = Scratch::new(4096).unwrap();
+        assert_eq!(supply.supply(&piece, &mut scratch).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        let beyond = Piece { region: 1, ..piece };
+        assert_eq!(supply.supply(&beyond, &mut scratch).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+}
