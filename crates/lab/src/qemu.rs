@@ -40,6 +40,9 @@ pub enum MemoryBackend {
     Memfd,
     /// A shared `memory-backend-file` at this path, which QEMU creates if need be.
     File(PathBuf),
+    /// Any other backend: the value of `-object` without `id` and `size`, for example
+    /// `memory-backend-memfd,share=off`.
+    Object(String),
 }
 
 impl fmt::Display for MemoryBackend {
@@ -49,6 +52,7 @@ impl fmt::Display for MemoryBackend {
             MemoryBackend::Ram => "memory-backend-ram",
             MemoryBackend::Memfd => "memory-backend-memfd",
             MemoryBackend::File(_) => "memory-backend-file",
+            MemoryBackend::Object(object) => object,
         })
     }
 }
@@ -145,6 +149,7 @@ impl QemuSpec {
                 object.push(escaped(path));
                 Some(object)
             }
+            MemoryBackend::Object(object) => Some(object.into()),
         };
         if let Some(mut object) = backend {
             object.push(format!(",id=pc.ram,size={size}"));
@@ -449,6 +454,11 @@ mod tests {
             (
                 MemoryBackend::File("/a,b".into()),
                 "-object memory-backend-file,share=on,mem-path=/a,,b,id=pc.ram,size=64M \
+                 -machine q35,memory-backend=pc.ram -m 64M",
+            ),
+            (
+                MemoryBackend::Object("memory-backend-memfd,share=off".to_owned()),
+                "-object memory-backend-memfd,share=off,id=pc.ram,size=64M \
                  -machine q35,memory-backend=pc.ram -m 64M",
             ),
         ] {
