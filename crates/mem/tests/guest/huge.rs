@@ -25,7 +25,10 @@ impl HugePool {
         if meminfo("Hugepagesize:") != Some(HUGE_PAGE >> 10) {
             return missing("the machine's huge pages are not of 2 MiB");
         }
-        let lock = File::create(std::env::temp_dir().join("vmstate-huge-pages.lock")).expect("a lock file");
+        let lock = match File::create(std::env::temp_dir().join("vmstate-huge-pages.lock")) {
+            Ok(lock) => lock,
+            Err(error) => return missing(&format!("the lock for the pool: {error}")),
+        };
         flock(&lock, FlockOperation::LockExclusive).expect("the lock");
         let Ok(before) = std::fs::read_to_string(POOL) else {
             return missing("there is no pool of huge pages");

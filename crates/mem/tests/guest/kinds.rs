@@ -148,30 +148,33 @@ fn preallocated_pages_of_a_disk_file_are_holes_until_they_are_written() {
 
 #[test]
 fn a_file_on_a_file_system_that_may_not_know_its_holes_is_read_whole() {
-    let directory = disk();
-    let at = |name: &str| directory.path().join(name);
-    for name in ["lower", "upper", "work", "merged"] {
-        std::fs::create_dir(at(name)).expect("a directory");
-    }
-    let layers = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        at("lower").display(),
-        at("upper").display(),
-        at("work").display()
-    );
-    let Some(_mount) = Mount::new("overlay", &layers, &at("merged")) else { return };
-    let path = at("merged").join("ram");
-    drop(sparse(&path, 8 * MIB));
-    let mut process = Process::start();
-    for sharing in ["shared", "private"] {
-        let memory = process.map(&format!("file {sharing} 0 {}", path.display()), 8 * MIB);
-        let fills = [(MIB, 2 * MIB, 1), (8 * MIB - 1, 8 * MIB, 2)];
-        fill(&mut process, memory, &fills);
-        let bytes = model(memory, &fills);
-        let present = Some(page_set(2048, &[(0, 2048)]));
-        let known = Known { name: sharing, memory, bytes, file: Some(path.clone()), pool: None, present };
-        let ram = check(&process, &known);
-        assert_eq!(ram.medium(0), Some(Medium::Other { magic: 0x794c_7630 }), "{sharing}");
+    // With layers on two file systems, overlayfs gives files another `st_dev` than their mappings have.
+    for (name, lower, upper) in [("one", disk(), disk()), ("two", disk(), shm())] {
+        let at = |name: &str| upper.path().join(name);
+        for name in ["upper", "work", "merged"] {
+            std::fs::create_dir(at(name)).expect("a directory");
+        }
+        let layers = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            lower.path().display(),
+            at("upper").display(),
+            at("work").display()
+        );
+        let Some(_mount) = Mount::new("overlay", &layers, &at("merged")) else { return };
+        let path = at("merged").join("ram");
+        drop(sparse(&path, 8 * MIB));
+        let mut process = Process::start();
+        for sharing in ["shared", "private"] {
+            let name = format!("{name}, {sharing}");
+            let memory = process.map(&format!("file {sharing} 0 {}", path.display()), 8 * MIB);
+            let fills = [(MIB, 2 * MIB, 1), (8 * MIB - 1, 8 * MIB, 2)];
+            fill(&mut process, memory, &fills);
+            let bytes = model(memory, &fills);
+            let present = Some(page_set(2048, &[(0, 2048)]));
+            let known = Known { name: &name, memory, bytes, file: None, pool: None, present };
+            let ram = check(&process, &known);
+            assert_eq!(ram.medium(0), Some(Medium::Other { magic: 0x794c_7630 }), "{name}");
+        }
     }
 }
 
@@ -328,6 +331,29 @@ fn huge_pages_that_another_process_brought_are_found_too() {
             &Known { name: sharing, memory, bytes, file: Some(path.into()), pool: Some(&pool), present },
         );
     }
+}
+
+#[test]
+fn private_copies_do_not_count_as_pages_of_a_file_of_huge_pages() {
+    let Some(pool) = HugePool::reserve(32, "private copies of huge pages") else { return };
+    let length = 16 * MIB;
+    let mut process = Process::start();
+    let answer = process.tell(&format!("huge-memfd {length} shared"));
+    let memory = Memory { address: answer[0].parse().expect("an address"), length };
+    let path = format!("/proc/{}/fd/{}", process.pid(), answer[1]);
+    let mut other = Process::start();
+    let theirs = other.map(&format!("file shared 0 {path}"), length);
+    other.fill(theirs, 10 * MIB, 10 * MIB + 1, 5);
+    // One page in the file that the process has not mapped, and one in its page tables that is not in the file:
+    // the numbers agree, the pages do not.
+    let copy = process.map(&format!("file private 0 {path}"), length);
+    process.fill(copy, 2 * MIB, 2 * MIB + 1, 9);
+    let bytes = model(memory, &[(10 * MIB, 10 * MIB + 1, 5)]);
+    let present = Some(page_set(length / PAGE, &[(0, length / PAGE)]));
+    check(
+        &process,
+        &Known { name: "copies", memory, bytes, file: Some(path.into()), pool: Some(&pool), present },
+    );
 }
 
 #[test]
