@@ -104,6 +104,10 @@ pub struct Restore {
     #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
     pub mode: ModeArg,
 
+    /// Who carries the RAM: vmstate into shared memory, QEMU's own mapped-ram, or a stream from vmstate
+    #[arg(long, value_enum, default_value_t = RestoreViaArg::Auto)]
+    pub via: RestoreViaArg,
+
     /// A QEMU that waits with -incoming defer: its QMP monitor
     #[arg(long, value_name = "ADDR", env = "VMSTATE_QMP")]
     pub qmp: Option<QmpAddress>,
@@ -222,6 +226,14 @@ pub enum ViaArg {
     Auto,
     Direct,
     Qemu,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RestoreViaArg {
+    Auto,
+    Direct,
+    Qemu,
+    Socket,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -192,6 +192,7 @@ fn restore(
         direct_io: DirectIo::Auto,
         record: Record::AsItWas,
         force: false,
+        via: vmstate::Via::Auto,
     };
     let report = vmstate::restore(&settings, cancel, &Unobserved)?;
     let reached = serial.wait_for_round(round + 2, None, DEADLINE).map_err(lab);

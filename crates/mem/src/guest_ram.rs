@@ -139,6 +139,10 @@ impl GuestRam {
         }
     }
 
+    pub(crate) fn reach(&self, region: usize) -> &Reach {
+        &self.regions[region].reach
+    }
+
     /// The windows of a region that have pages, in order, with those pages marked. None is touched.
     ///
     /// A page that is not marked reads as zero; a marked one may do so too. The stream takes the same little

@@ -39,6 +39,7 @@
 
 mod attach;
 mod file;
+mod fill;
 mod guest_ram;
 mod kind;
 mod maps;
@@ -56,6 +57,7 @@ mod zero;
 
 pub use attach::{AttachError, AttachReason, BlockAddress};
 pub use file::Medium;
+pub use fill::Fillable;
 pub use guest_ram::{GuestRam, RecheckError};
 pub use kind::{Backing, FilePart, classify};
 pub use maps::{Gap, Mapping, Mappings};

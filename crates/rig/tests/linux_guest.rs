@@ -70,6 +70,7 @@ fn check(machine: MachineKind, backend: MemoryBackend) {
         direct_io: DirectIo::Auto,
         record: Record::Running,
         force: false,
+        via: vmstate::Via::Auto,
     };
     let restored = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved);
     let restored = restored.unwrap_or_else(|error| panic!("{}", error.chain()));

@@ -40,6 +40,7 @@ fn restore(image: &Path, target: Target) -> RestoreReport {
         direct_io: vmstate::DirectIo::Auto,
         record: Record::AsItWas,
         force: false,
+        via: vmstate::Via::Auto,
     };
     vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved)
         .unwrap_or_else(|error| panic!("{}", error.chain()))
@@ -241,6 +242,7 @@ fn a_target_whose_memory_is_not_zero_where_the_image_is_gets_refused() {
         direct_io: vmstate::DirectIo::Auto,
         record: Record::AsItWas,
         force: false,
+        via: vmstate::Via::Auto,
     };
     let error = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap_err();
     assert_eq!(error.kind(), vmstate::Kind::Incompatible);

@@ -1,10 +1,10 @@
 //! `vmstate restore`.
 
 use serde_json::{Map, json};
-use vmstate::{Error, Kind, RestoreReport, RestoreSettings, Target};
+use vmstate::{Error, Kind, RestoreReport, RestoreSettings, Target, Via};
 
 use super::Outcome;
-use crate::args::{ModeArg, Restore};
+use crate::args::{ModeArg, Restore, RestoreViaArg};
 use crate::output::{Reporter, line, ms, print_json, say, size, time};
 use crate::signals::cancel_on_signals;
 
@@ -33,6 +33,12 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
     let settings = RestoreSettings {
         image: args.image,
         target,
+        via: match args.via {
+            RestoreViaArg::Auto => Via::Auto,
+            RestoreViaArg::Direct => Via::Direct,
+            RestoreViaArg::Qemu => Via::Qemu,
+            RestoreViaArg::Socket => Via::Socket,
+        },
         channels: args.channels,
         direct_io: args.direct_io.choice(),
         record: args.record.choice(),
@@ -50,8 +56,9 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
     } else {
         let pid = report.qemu_pid.map_or_else(String::new, |pid| format!(" in process {pid}"));
         line(format!(
-            "restored {}: {}{pid} after {}, {} of data",
+            "restored {} via {}: {}{pid} after {}, {} of data",
             settings.image.display(),
+            report.via.name(),
             report.run_state,
             time(report.first_instruction),
             size(report.read_bytes),
@@ -78,7 +85,8 @@ fn as_json(report: &RestoreReport) -> serde_json::Value {
         report.phases.0.iter().map(|(name, took)| ((*name).replace(' ', "_") + "_ms", ms(*took))).collect();
     json!({
         "mode": "eager",
-        "via": "qemu",
+        "via": report.via.name(),
+        "reason": report.reason,
         "qemu_pid": report.qemu_pid,
         "qmp": report.qmp,
         "direct_io": report.direct_io,

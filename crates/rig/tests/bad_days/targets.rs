@@ -28,6 +28,7 @@ fn restore(
         direct_io: DirectIo::Auto,
         record: Record::AsItWas,
         force: false,
+        via: vmstate::Via::Auto,
     };
     vmstate::restore(&settings, cancel, observer)
 }
@@ -126,7 +127,7 @@ fn a_damaged_image_is_refused_before_a_qemu_starts() {
     let broken = dir.path().join("broken.img");
     for (name, bytes) in damages {
         fs::write(&broken, bytes).unwrap();
-        let hook = Hook::at("start QEMU", || {});
+        let hook = Hook::at("start", || {});
         let (kind, chain, _) = told(restore(&broken, target(), &Cancel::new().unwrap(), &hook));
         assert!(matches!(kind, Kind::Damaged | Kind::Unsupported), "{name}: {kind:?} {chain}");
         assert!(chain.starts_with(&broken.display().to_string()), "{name}: {chain}");
@@ -314,7 +315,7 @@ fn a_restore_that_is_cancelled_in_any_phase_ends_the_qemu_that_it_started() {
     let dir = images();
     let image = dir.path().join("vm.img");
     drop(image_of(&small(), &image));
-    for phase in ["check image", "start QEMU", "compare", "load", "run"] {
+    for phase in ["check image", "start", "compare", "load", "run"] {
         let launch = Launch::new(&small());
         let cancel = Cancel::new().unwrap();
         let hook = Hook::at(phase, || cancel.cancel());

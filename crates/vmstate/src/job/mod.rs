@@ -19,6 +19,8 @@ pub enum Via {
     Direct,
     /// QEMU's own mapped-ram with multifd, into descriptors of ours.
     Qemu,
+    /// vmstate at the other end of an ordinary migration: every QEMU has that.
+    Socket,
 }
 
 impl Via {
@@ -28,6 +30,7 @@ impl Via {
             Via::Auto => "auto",
             Via::Direct => "direct",
             Via::Qemu => "qemu",
+            Via::Socket => "socket",
         }
     }
 }

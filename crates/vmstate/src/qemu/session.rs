@@ -249,6 +249,17 @@ impl Session {
         Ok(())
     }
 
+    /// Starts to load a guest from the descriptor `name`, which is QEMU's from then on. Unlike an outgoing
+    /// migration this cannot be cancelled.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn incoming(&mut self, name: &str, arguments: Value) -> Result<()> {
+        self.client.execute("migrate-incoming", arguments)?;
+        self.named_fds.retain(|known| known != name);
+        Ok(())
+    }
+
     /// Waits until the migration has ended and returns how: `completed`, `failed` or `cancelled`.
     ///
     /// # Errors
@@ -437,7 +448,7 @@ impl Session {
     }
 }
 
-/// A mark that no other session has.
+/// A mark that no other session of this host has.
 fn mark() -> String {
     static SESSIONS: AtomicU64 = AtomicU64::new(0);
     format!("vmstate {} {}", std::process::id(), SESSIONS.fetch_add(1, Ordering::Relaxed))

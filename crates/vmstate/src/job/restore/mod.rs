@@ -1,5 +1,7 @@
 //! Restore: an image becomes a guest again, in a QEMU that is started for it or one that waits.
 
+mod feed;
+mod fill;
 mod fit;
 mod zero;
 
@@ -7,16 +9,20 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use io::{Cancel, ReadPair};
+use io::{Cancel, Counters, ReadPair};
 use serde_json::json;
+use wire::qemu::format::MAPPED_RAM;
 
+use self::fill::Filling;
 use self::zero::{Verified, verify_zero};
 use super::save::{CHANNELS_MAX, default_channels};
-use super::{DirectIo, Observer, Phases, Stopwatch};
+use super::{DirectIo, Observer, Phases, Stopwatch, Via};
 use crate::net::QmpAddress;
 use crate::qemu::{self, LaunchSettings, Launched, Session};
+use crate::qmp::MigrationInfo;
 use crate::source::MappedRamFile;
 use crate::{Error, Kind, Result};
 
@@ -54,6 +60,8 @@ pub struct RestoreSettings {
     pub image: PathBuf,
     /// The QEMU.
     pub target: Target,
+    /// Who carries the RAM.
+    pub via: Via,
     /// How many channels read; `None` leaves it to vmstate.
     pub channels: Option<u16>,
     /// Whether pages bypass the page cache.
@@ -67,6 +75,10 @@ pub struct RestoreSettings {
 /// What a restore did.
 #[derive(Debug)]
 pub struct RestoreReport {
+    /// Who carried the RAM: never [`Via::Auto`].
+    pub via: Via,
+    /// Why `auto` took no better way, where it did not.
+    pub reason: Option<String>,
     /// QEMU's process, where it is ours or could be told.
     pub qemu_pid: Option<u32>,
     /// The monitor that the guest can be reached by, where one is known.
@@ -91,7 +103,7 @@ pub struct RestoreReport {
     pub foreground: Option<std::process::Child>,
 }
 
-/// Restores a guest, everything first: QEMU loads the image in parallel and runs when all of it is there.
+/// Restores a guest, everything first: it runs when all of its memory is there.
 ///
 /// The image is checked as a whole before QEMU sees a byte of it, and compared with the target's RAM
 /// blocks: QEMU itself checks neither, and a truncated image crashes it.
@@ -110,7 +122,7 @@ pub fn restore(
     let mut watch = Stopwatch::start(observer);
     watch.phase("check image");
     let cannot_open = |error| Error::io(format!("cannot open {}", settings.image.display()), error);
-    let pair = ReadPair::open(
+    let mut pair = ReadPair::open(
         &settings.image,
         match settings.direct_io {
             DirectIo::Auto => io::DirectChoice::Auto,
@@ -128,8 +140,11 @@ pub fn restore(
     if let io::DirectIo::Unsupported { reason } = &pair.direct_io {
         observer.note(&format!("no direct I/O: {reason}"));
     }
+    if settings.direct_io == DirectIo::Auto {
+        prefer_cache(&mut pair, summary.data_bytes, observer);
+    }
 
-    watch.phase("start QEMU");
+    watch.phase("start");
     let (mut session, launched) = match &settings.target {
         Target::Waiting(address) => (Session::open(address, cancel)?, None),
         Target::Launch { command, log, foreground } => {
@@ -144,7 +159,7 @@ pub fn restore(
         }
     };
     let ready = Instant::now();
-    let outcome = load(settings, &image, &pair, launched.as_ref(), &mut session, &mut watch);
+    let outcome = load(settings, &image, &pair, launched.as_ref(), &mut session, cancel, &mut watch);
     watch.phase("settle");
     let qemu_pid = launched.as_ref().map(Launched::pid).or_else(|| session.client.listener_pid());
     let (outcome, launched) = match (outcome, launched) {
@@ -161,7 +176,7 @@ pub fn restore(
         }
         (Ok(loaded), launched) => (session.settle().map(|()| loaded), launched),
     };
-    let ((run_state, running_at), launched) = match (outcome, launched) {
+    let (Loaded { via, reason, run_state, running_at }, launched) = match (outcome, launched) {
         (Ok(loaded), launched) => (loaded, launched),
         (Err(error), Some(launched)) => return Err(launched.give_up(error)),
         (Err(error), None) => return Err(error),
@@ -173,6 +188,8 @@ pub fn restore(
     let started = watch.started;
     let (phases, _) = watch.finish();
     Ok(RestoreReport {
+        via,
+        reason,
         qemu_pid,
         qmp: match &settings.target {
             Target::Waiting(address) => Some(address.to_string()),
@@ -190,55 +207,51 @@ pub fn restore(
     })
 }
 
-/// Compares the image with the target, has QEMU load it and brings the guest to the state wanted. Returns
-/// that state and when it was reached.
+/// What a load that succeeded tells.
+struct Loaded {
+    via: Via,
+    reason: Option<String>,
+    run_state: String,
+    running_at: Instant,
+}
+
+/// Compares the image with the target, has its memory filled and QEMU load the rest, and brings the guest
+/// to the state wanted.
 fn load(
     settings: &RestoreSettings,
     image: &MappedRamFile,
     pair: &ReadPair,
     launched: Option<&Launched>,
     session: &mut Session,
+    cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
-) -> Result<(String, Instant)> {
+) -> Result<Loaded> {
     let pid = launched.map(Launched::pid);
     let wants_pause = launched.is_some_and(|launched| launched.wants_pause);
     watch.phase("compare");
     require_waiting(session)?;
     fit::compare(image, session, pid, settings.force, watch.observer)?;
-    session
-        .configure(
-            &["mapped-ram", "multifd"],
-            &[
-                ("multifd-channels", json!(settings.channels.unwrap_or_else(default_channels))),
-                ("multifd-compression", json!("none")),
-                ("direct-io", json!(pair.direct.is_some())),
-                ("mode", json!("normal")),
-                ("tls-creds", json!("")),
-            ],
-        )
-        .map_err(|error| match error.kind() {
-            Kind::Unsupported => error.hint("restore into QEMU 9.1 or later"),
-            _ => error,
-        })?;
-    // Before a guest arrives this only says that it shall not start by itself.
-    session.client.stop()?;
+    let (way, reason) = choose(settings, image, pid, session)?;
+    let via = way.via();
+    match &reason {
+        Some(reason) => watch.observer.note(&format!("via {}: {reason}", via.name())),
+        None => watch.observer.note(&format!("via {}", via.name())),
+    }
 
     watch.phase("load");
-    let mut fds = vec![pair.buffered.as_fd()];
-    fds.extend(pair.direct.as_ref().map(|file| file.as_fd()));
-    let fdset = session.add_fdset(&fds)?;
-    session.client.execute(
-        "migrate-incoming",
-        json!({ "uri": format!("file:/dev/fdset/{fdset},offset=0"), "exit-on-error": false }),
-    )?;
-    // Unlike an outgoing migration this one cannot be cancelled; a QEMU of ours is ended instead.
-    let end = session.migration_end(None)?;
-    if end.status != "completed" {
-        let reason = end.error.unwrap_or_else(|| format!("status `{}`", end.status));
-        return Err(Error::new(Kind::Peer, format!("QEMU could not load the image: {reason}"))
-            .hint("start it with the machine and devices that the guest was saved with"));
+    let channels = settings.channels.unwrap_or_else(default_channels);
+    match way {
+        Way::Qemu => by_qemu(pair, channels, session)?,
+        Way::Direct(filling) => {
+            prepare_plain(session)?;
+            filling.fill(image, pair, usize::from(channels), &Arc::new(Counters::default()), cancel)?;
+            feed::feed(image, &filling, session)?;
+        }
+        Way::Socket => {
+            prepare_plain(session)?;
+            feed::feed(image, &Filling::none(image), session)?;
+        }
     }
-    session.remove_fdset(fdset)?;
 
     watch.phase("verify");
     if let Verified::Unseen(reason) = verify_zero(image, session, pid)? {
@@ -259,8 +272,112 @@ fn load(
             None => error,
         })?;
     }
-    let at = Instant::now();
-    Ok((session.client.status()?.status, at))
+    let running_at = Instant::now();
+    Ok(Loaded { via, reason, run_state: session.client.status()?.status, running_at })
+}
+
+/// The ways for RAM into a target.
+enum Way {
+    /// QEMU reads the image itself.
+    Qemu,
+    /// Shared memory is filled through the lanes, the rest goes through a stream.
+    Direct(Filling),
+    /// Everything goes through a stream.
+    Socket,
+}
+
+impl Way {
+    fn via(&self) -> Via {
+        match self {
+            Way::Qemu => Via::Qemu,
+            Way::Direct(_) => Via::Direct,
+            Way::Socket => Via::Socket,
+        }
+    }
+}
+
+/// Chooses the way. Shared memory is filled faster from outside than by QEMU; private memory is not, since
+/// only its own process can write it without a copy more; and a QEMU without mapped-ram is fed.
+fn choose(
+    settings: &RestoreSettings,
+    image: &MappedRamFile,
+    pid: Option<u32>,
+    session: &mut Session,
+) -> Result<(Way, Option<String>)> {
+    let direct = match settings.via {
+        Via::Qemu => return Ok((Way::Qemu, None)),
+        Via::Socket => return Ok((Way::Socket, None)),
+        Via::Direct | Via::Auto => Filling::prepare(image, session, pid),
+    };
+    let reason = match direct {
+        Ok(filling) => return Ok((Way::Direct(filling), None)),
+        Err(error) if settings.via == Via::Auto && error.kind() == Kind::Unsupported => error.chain(),
+        Err(error) => return Err(error),
+    };
+    // Of the two capabilities, direct I/O is the younger, and with it descriptor sets came to work.
+    let knows =
+        session.knows_capability(MAPPED_RAM)? && session.client.parameters()?.contains_key("direct-io");
+    if knows {
+        return Ok((Way::Qemu, Some(reason)));
+    }
+    let reason = format!("QEMU {} reads no mapped-ram image from descriptors; {reason}", session.version);
+    Ok((Way::Socket, Some(reason)))
+}
+
+/// Has QEMU load the image in parallel.
+fn by_qemu(pair: &ReadPair, channels: u16, session: &mut Session) -> Result<()> {
+    session
+        .configure(
+            &[MAPPED_RAM, "multifd"],
+            &[
+                ("multifd-channels", json!(channels)),
+                ("multifd-compression", json!("none")),
+                ("direct-io", json!(pair.direct.is_some())),
+                ("mode", json!("normal")),
+                ("tls-creds", json!("")),
+            ],
+        )
+        .map_err(|error| match error.kind() {
+            Kind::Unsupported => error.hint("restore into QEMU 9.1 or later, or with --via socket"),
+            _ => error,
+        })?;
+    // Before a guest arrives this only says that it shall not start by itself.
+    session.client.stop()?;
+    let mut fds = vec![pair.buffered.as_fd()];
+    fds.extend(pair.direct.as_ref().map(|file| file.as_fd()));
+    let fdset = session.add_fdset(&fds)?;
+    session.client.execute(
+        "migrate-incoming",
+        json!({ "uri": format!("file:/dev/fdset/{fdset},offset=0"), "exit-on-error": false }),
+    )?;
+    // Unlike an outgoing migration this one cannot be cancelled; a QEMU of ours is ended instead.
+    let end = session.migration_end(None)?;
+    if end.status != "completed" {
+        return Err(load_failed(&end));
+    }
+    session.remove_fdset(fdset)
+}
+
+/// Readies QEMU for a stream without any capability.
+fn prepare_plain(session: &mut Session) -> Result<()> {
+    session.configure(&[], &[("mode", json!("normal")), ("tls-creds", json!(""))])?;
+    session.client.stop()
+}
+
+/// The error that an incoming migration ended in.
+fn load_failed(end: &MigrationInfo) -> Error {
+    let reason = end.error.clone().unwrap_or_else(|| format!("status `{}`", end.status));
+    Error::new(Kind::Peer, format!("QEMU could not load the image: {reason}"))
+        .hint("start it with the machine and devices that the guest was saved with")
+}
+
+/// Leaves the disk alone where most of the image is in the page cache, which is faster.
+fn prefer_cache(pair: &mut ReadPair, data_bytes: u64, observer: &dyn Observer) {
+    let cached = pair.buffered.metadata().and_then(|m| io::cached_bytes(&pair.buffered, 0, m.len()));
+    if pair.direct.is_some() && cached.is_ok_and(|cached| cached > 0 && cached >= data_bytes / 2) {
+        observer.note("the image is in the page cache: it is read from there");
+        pair.direct = None;
+    }
 }
 
 /// Makes sure that QEMU waits for a guest.

@@ -82,7 +82,7 @@ pub(super) fn verify_zero(
 }
 
 /// The runs of pages that are in the window and not in the set.
-fn beside(window: &Window, pages: &PageSet) -> Vec<PageRange> {
+pub(super) fn beside(window: &Window, pages: &PageSet) -> Vec<PageRange> {
     let mut mask = window.mask;
     for page in 0..page::WINDOW_PAGES as usize {
         if pages.contains(PageIndex(window.first.0 + page as u64)) {

@@ -34,7 +34,8 @@ pub(super) fn prepare(settings: &SaveSettings, session: &mut Session) -> Result<
     };
     let blocks = qemu::host_blocks(&mut session.client)?;
     let page_size = probe.configuration.page_size().unwrap_or(PageSize::X86);
-    let addresses = locate(&probe, &blocks, page_size)?;
+    let found = qemu::with_addresses(&mut session.client, &peer, &blocks)?;
+    let addresses = locate(&probe, &found, page_size)?;
     let ram = GuestRam::attach(Arc::new(peer), &addresses).map_err(|error| {
         let hint = denied_hint(&error);
         let error = Error::new(Kind::Unsupported, "QEMU's memory cannot be reached").because(error);

@@ -147,6 +147,10 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
     if settings.channels.is_some_and(|n| n == 0 || n > CHANNELS_MAX) {
         return Err(Error::new(Kind::Misuse, format!("channels must be between 1 and {CHANNELS_MAX}")));
     }
+    if settings.via == Via::Socket {
+        return Err(Error::new(Kind::Unsupported, "a guest cannot be saved via socket yet")
+            .hint("leave --via at auto"));
+    }
     let mut watch = Stopwatch::start(observer);
     watch.phase("connect");
     // The target first: whoever mistyped its name should not have the guest touched.

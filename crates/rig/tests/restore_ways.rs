@@ -1,0 +1,118 @@
+//! Every way for RAM into a target: filled from outside, read by QEMU, fed through a stream.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
+use vmstate::net::QmpAddress;
+use vmstate::{
+    Cancel, DirectIo, Kind, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Unobserved,
+    Via,
+};
+use vmstate_rig::{DEADLINE, client};
+
+struct Saved {
+    _dir: tempfile::TempDir,
+    image: PathBuf,
+    spec: QemuSpec,
+    round: u32,
+}
+
+/// A guest that fills all it owns, which is not all there is, saved while it ran.
+fn saved(machine: MachineKind) -> Saved {
+    let settings = GuestSettings { pages_low_max: 40_000, fill_rounds: 1, ..GuestSettings::default() };
+    let spec = QemuSpec { guest: Some(Guest::new(settings)), ..QemuSpec::new(machine, 256 << 20) };
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let image = dir.path().join("vm.img");
+    let mut source = spec.start().unwrap();
+    source.wait_for_round(2, DEADLINE).unwrap();
+    let settings = SaveSettings::new(QmpAddress::Unix(source.qmp_path()), &image);
+    vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap();
+    let round = source.serial.latest_round().unwrap();
+    Saved { _dir: dir, image, spec, round }
+}
+
+fn waiting(saved: &Saved, backend: MemoryBackend) -> Qemu {
+    QemuSpec { backend, incoming: Incoming::Defer, ..saved.spec.clone() }.start().unwrap()
+}
+
+fn restore(image: &Path, target: &Qemu, via: Via, direct_io: DirectIo) -> Result<RestoreReport> {
+    let settings = RestoreSettings {
+        image: image.to_owned(),
+        target: Target::Waiting(QmpAddress::Unix(target.qmp_path())),
+        via,
+        channels: Some(3),
+        direct_io,
+        record: Record::AsItWas,
+        force: false,
+    };
+    vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved)
+}
+
+#[test]
+fn a_guest_comes_back_whole_by_every_way() {
+    let (auto, off) = (DirectIo::Auto, DirectIo::Off);
+    for machine in [MachineKind::Q35, MachineKind::Pc] {
+        let saved = saved(machine);
+        for (backend, via, direct_io, expected) in [
+            (MemoryBackend::Memfd, Via::Auto, auto, Via::Direct),
+            (MemoryBackend::Memfd, Via::Direct, DirectIo::On, Via::Direct),
+            (MemoryBackend::Memfd, Via::Qemu, off, Via::Qemu),
+            (MemoryBackend::Memfd, Via::Socket, off, Via::Socket),
+            (MemoryBackend::Plain, Via::Auto, auto, Via::Qemu),
+            (MemoryBackend::Plain, Via::Socket, off, Via::Socket),
+            (MemoryBackend::Ram, Via::Qemu, DirectIo::On, Via::Qemu),
+        ] {
+            let name = format!("{} {backend:?} {via:?} {direct_io:?}", machine.name());
+            let mut target = waiting(&saved, backend);
+            let report = restore(&saved.image, &target, via, direct_io);
+            let report = report.unwrap_or_else(|error| panic!("{name}: {}", error.chain()));
+            assert_eq!((report.via, report.run_state.as_str()), (expected, "running"), "{name}");
+            // The guest verifies every page in each round, and halts at the first that is not right.
+            target.wait_for_round(saved.round + 2, DEADLINE).expect(&name);
+            let left_on = client(&target).capabilities().unwrap();
+            assert!(left_on.iter().all(|c| !c.state || c.name == "events"), "{name}: {left_on:?}");
+        }
+    }
+}
+
+#[test]
+fn a_target_that_was_used_before_is_cleared_where_the_image_is_zero() {
+    let saved = saved(MachineKind::Q35);
+    let target = waiting(&saved, MemoryBackend::Memfd);
+    let memory = memfd_of(target.pid());
+    // Beside the guest's pages, and on one of them.
+    for offset in [0xf00_0000, 0xf00_1fff, 0x50_0010] {
+        memory.write_all_at(&[0x5a; 16], offset).unwrap();
+    }
+    restore(&saved.image, &target, Via::Direct, DirectIo::Auto).unwrap();
+    let mut bytes = [0xff; 0x2010];
+    memory.read_exact_at(&mut bytes, 0xf00_0000).unwrap();
+    assert_eq!(bytes, [0; 0x2010], "what was there before is gone");
+    let mut target = target;
+    target.wait_for_round(saved.round + 2, DEADLINE).unwrap();
+}
+
+#[test]
+fn private_memory_is_not_filled_from_outside() {
+    let saved = saved(MachineKind::Q35);
+    let target = waiting(&saved, MemoryBackend::Plain);
+    let error = restore(&saved.image, &target, Via::Direct, DirectIo::Auto).unwrap_err();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert_eq!(error.to_string(), "target's `pc.ram` is not shared memory that can be written from outside");
+    // Nothing has begun: the same target takes the guest another way.
+    let report = restore(&saved.image, &target, Via::Auto, DirectIo::Auto).unwrap();
+    assert_eq!(report.reason.as_deref(), Some(error.to_string().as_str()));
+}
+
+/// The memory of a QEMU that has it in a memfd, opened for writing.
+fn memfd_of(pid: u32) -> File {
+    let mut fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|entry| entry.unwrap().path());
+    let is_memory = |path: &PathBuf| {
+        let link = std::fs::read_link(path);
+        link.is_ok_and(|link| link.to_string_lossy().starts_with("/memfd:memory-backend-memfd"))
+    };
+    let path = fds.find(is_memory).expect("a memfd");
+    File::options().read(true).write(true).open(path).unwrap()
+}

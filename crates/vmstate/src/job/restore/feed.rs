@@ -1,0 +1,134 @@
+//! vmstate as the source of a migration: a stream that lists every block, carries the pages of those that
+//! are not filled already, and ends in the image's device state. Every QEMU reads it.
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use page::PageIndex;
+use serde_json::json;
+use wire::qemu::{Configuration, Item, Preamble, RamSetup, RecordEncoder};
+
+use super::fill::Filling;
+use super::load_failed;
+use crate::qemu::Session;
+use crate::source::MappedRamFile;
+use crate::{Error, Kind, Result};
+
+/// The name under which QEMU receives the socket.
+const FEED: &str = "vmstate-feed";
+/// How much is sent at once.
+const CHUNK: u64 = 1 << 20;
+/// Blocks up to this length have their absent pages sent as zero, for a target that is not zero there: its
+/// firmware's ROMs are. Of larger ones it is verified afterwards.
+const ZEROED_LEN_MAX: u64 = 16 << 20;
+/// The first QEMU whose `migrate-incoming` can be told not to exit when the load fails.
+const EXIT_ON_ERROR_SINCE: (u32, u32) = (9, 1);
+
+/// Has QEMU load the guest from a stream of ours.
+///
+/// # Errors
+/// [`Kind::Peer`] with QEMU's own words; [`Kind::Unsupported`] for images that leave blocks out.
+pub(super) fn feed(image: &MappedRamFile, filling: &Filling, session: &mut Session) -> Result<u64> {
+    let layout = image.layout();
+    if let Some(ignored) = layout.blocks.iter().find(|block| block.is_ignored()) {
+        let clause = format!("the image leaves `{}` out (x-ignore-shared)", ignored.name);
+        return Err(Error::new(Kind::Unsupported, clause).hint("restore with --via qemu"));
+    }
+    let (ours, theirs) =
+        UnixStream::pair().map_err(|error| Error::io("cannot create a socket pair", error))?;
+    session.give_fd(FEED, theirs.as_fd())?;
+    drop(theirs);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| write_stream(image, filling, &ours));
+        let outcome = load(session);
+        // Whatever became of QEMU: the writer must not wait for it.
+        let _ = ours.shutdown(std::net::Shutdown::Both);
+        let written = writer
+            .join()
+            .unwrap_or_else(|_| Err(Error::new(Kind::Io, "the thread that feeds QEMU panicked")));
+        match (outcome, written) {
+            (Ok(()), Ok(sent)) => Ok(sent),
+            // An image that cannot be read is why QEMU's load broke off; a broken pipe is the echo of that.
+            (Err(_), Err(error)) if error.kind() != Kind::Peer => Err(error),
+            (Err(error), _) | (Ok(()), Err(error)) => Err(error),
+        }
+    })
+}
+
+fn load(session: &mut Session) -> Result<()> {
+    let mut arguments = json!({ "uri": format!("fd:{FEED}") });
+    if (session.version.major, session.version.minor) >= EXIT_ON_ERROR_SINCE {
+        arguments["exit-on-error"] = false.into();
+    }
+    session.incoming(FEED, arguments)?;
+    let end = session.migration_end(None)?;
+    if end.status == "completed" { Ok(()) } else { Err(load_failed(&end)) }
+}
+
+/// Writes the whole stream; returns how many bytes of pages it had.
+fn write_stream(image: &MappedRamFile, filling: &Filling, mut socket: &UnixStream) -> Result<u64> {
+    let layout = image.layout();
+    let section_id = layout.ram.section_id;
+    let setup =
+        RamSetup { blocks: layout.blocks.iter().map(|block| block.entry()).collect(), multifd_flush: false };
+    let mut send = |bytes: &mut Vec<u8>| {
+        let sent = socket.write_all(bytes);
+        bytes.clear();
+        sent.map_err(|error| Error::new(Kind::Peer, "QEMU stopped reading").because(error))
+    };
+    let mut out = Vec::with_capacity(2 * CHUNK as usize);
+    Preamble { configuration: layout.preamble.configuration.clone().map(plain) }.encode(&mut out);
+    setup.encode_section(section_id, &mut out);
+
+    let mut records = RecordEncoder::new(&setup);
+    let mut sent = 0;
+    for (index, block) in layout.blocks.iter().enumerate() {
+        if filling.has(index) {
+            continue;
+        }
+        let pages = image.pages(block)?;
+        let page = block.page_size.bytes();
+        let mut bytes = vec![0; CHUNK as usize];
+        for at in (0..block.used_length).step_by(CHUNK as usize) {
+            let len = (block.used_length - at).min(CHUNK);
+            let first = at / page;
+            let count = len / page;
+            let is_there = |i: u64| pages.contains(PageIndex(first + i));
+            let zeroes = block.used_length <= ZEROED_LEN_MAX;
+            if !zeroes && !(0..count).any(is_there) {
+                continue;
+            }
+            let bytes = &mut bytes[..len as usize];
+            image.read_ram(block, &pages, at, bytes)?;
+            Item::Part { section_id }.encode(&mut out);
+            for i in 0..count {
+                let offset = at + i * page;
+                if is_there(i) {
+                    records.page_head(index, offset, &mut out);
+                    out.extend_from_slice(&bytes[(i * page) as usize..((i + 1) * page) as usize]);
+                    sent += page;
+                } else if zeroes {
+                    records.zero(index, offset, &mut out);
+                }
+            }
+            records.eos(&mut out);
+            Item::Footer { section_id }.encode(&mut out);
+            send(&mut out)?;
+        }
+    }
+    Item::End { section_id }.encode(&mut out);
+    records.eos(&mut out);
+    Item::Footer { section_id }.encode(&mut out);
+    out.extend_from_slice(&image.read(layout.device_state)?);
+    if let Some(vmdesc) = layout.vmdesc {
+        out.extend_from_slice(&image.read(vmdesc)?);
+    }
+    send(&mut out)?;
+    Ok(sent)
+}
+
+/// The configuration of a stream whose pages are in it.
+fn plain(configuration: Configuration) -> Configuration {
+    configuration.without_capability(wire::qemu::format::MAPPED_RAM)
+}
