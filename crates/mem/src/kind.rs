@@ -68,7 +68,8 @@ fn classify_one(mapping: &Mapping, address: u64) -> Backing {
         false if mapping.inode == 0 && is_anonymous_name(&path) => Backing::PrivateAnonymous,
         _ if mapping.inode == 0 => unreachable(&format!("a special mapping `{path}`")),
         _ if path_starts_with(mapping, "/secretmem") => unreachable("secret memory (memfd_secret)"),
-        _ if path_starts_with(mapping, "anon_inode:") => {
+        // Where guest_memfd has a file system of its own, its files are no anonymous inodes.
+        _ if path_starts_with(mapping, "anon_inode:") || path.contains("[kvm-gmem]") => {
             unreachable(&format!("memory of a device or of the hypervisor (`{path}`)"))
         }
         // Private huge pages without a file: the kernel gives them one, into which nobody writes.
@@ -162,6 +163,7 @@ mod tests {
                 "rw-s 0 00:08 9 anon_inode:kvm-vcpu:0",
                 "memory of a device or of the hypervisor (`anon_inode:kvm-vcpu:0`)",
             ),
+            ("rw-s 0 00:08 9 /[kvm-gmem]", "memory of a device or of the hypervisor (`/[kvm-gmem]`)"),
             ("r-xp 0 00:00 0 [vdso]", "a special mapping `[vdso]`"),
             ("rw-s 0 00:00 0 ", "a special mapping ``"),
         ] {
