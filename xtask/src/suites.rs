@@ -21,15 +21,17 @@ pub fn run(root: &Path) -> Findings {
     let suites = build(root)?;
     println!("{:>8.1} s  build", start.elapsed().as_secs_f64());
     let mut found = Vec::new();
+    let mut total = Tally::default();
     for suite in suites {
         let mut command = Command::new(&suite.program);
         // As cargo does it: a test may look for its files from its package.
         command.current_dir(&suite.package_dir).env("CARGO_MANIFEST_DIR", &suite.package_dir);
-        found.extend(report(&suite.name, command)?);
+        found.extend(report(&suite.name, command, &mut total)?);
     }
     let mut examples = Command::new(env!("CARGO"));
     examples.args(["test", "--quiet", "--workspace", "--doc"]).current_dir(root);
-    found.extend(report("examples of the documentation", examples)?);
+    found.extend(report("examples of the documentation", examples, &mut total)?);
+    println!("{} passed, {} failed", total.passed, total.failed);
     Ok(found)
 }
 
@@ -65,12 +67,16 @@ fn suite(root: &Path, message: &Value) -> Option<Suite> {
 }
 
 /// Runs one suite, prints its line, and its output if it failed.
-fn report(name: &str, mut command: Command) -> Result<Option<String>, String> {
+fn report(name: &str, mut command: Command, total: &mut Tally) -> Result<Option<String>, String> {
     let start = Instant::now();
     let output =
         command.stdin(Stdio::null()).output().map_err(|error| format!("cannot start {name}: {error}"))?;
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    println!("{:>8.1} s  {name}: {}", start.elapsed().as_secs_f64(), verdict(&stdout));
+    let tally = Tally::of(&stdout);
+    println!("{:>8.1} s  {name}: {tally}", start.elapsed().as_secs_f64());
+    total.passed += tally.passed;
+    // A suite that ended without a result has failed as well.
+    total.failed += tally.failed.max(u64::from(!output.status.success()));
     if output.status.success() {
         // What a suite skipped, it says on stderr.
         print!("{stderr}");
@@ -80,19 +86,36 @@ fn report(name: &str, mut command: Command) -> Result<Option<String>, String> {
     Ok(Some(format!("{name} failed with {}", output.status)))
 }
 
-/// How many tests passed and failed, out of all the results that a suite printed.
-fn verdict(stdout: &str) -> String {
-    let count = |what: &str| -> u64 {
-        let results = stdout.lines().filter(|line| line.starts_with("test result:"));
-        let parts = results.flat_map(|line| line.split([';', '.'])).map(str::trim);
-        parts.filter_map(|part| part.strip_suffix(what)?.trim().parse::<u64>().ok()).sum()
-    };
-    let (passed, failed, ignored) = (count("passed"), count("failed"), count("ignored"));
-    let ignored = if ignored > 0 { format!(", {ignored} ignored") } else { String::new() };
-    if failed > 0 {
-        format!("{failed} FAILED, {passed} passed{ignored}")
-    } else {
-        format!("{passed} passed{ignored}")
+/// How many tests passed, failed and were left out.
+#[derive(Default)]
+struct Tally {
+    passed: u64,
+    failed: u64,
+    ignored: u64,
+}
+
+impl Tally {
+    /// The sum of all the results that a suite printed.
+    fn of(stdout: &str) -> Tally {
+        let count = |what: &str| -> u64 {
+            let results = stdout.lines().filter(|line| line.starts_with("test result:"));
+            let parts = results.flat_map(|line| line.split([';', '.'])).map(str::trim);
+            parts.filter_map(|part| part.strip_suffix(what)?.trim().parse::<u64>().ok()).sum()
+        };
+        Tally { passed: count("passed"), failed: count("failed"), ignored: count("ignored") }
+    }
+}
+
+impl std::fmt::Display for Tally {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.failed > 0 {
+            write!(f, "{} FAILED, ", self.failed)?;
+        }
+        write!(f, "{} passed", self.passed)?;
+        if self.ignored > 0 {
+            write!(f, ", {} ignored", self.ignored)?;
+        }
+        Ok(())
     }
 }
 
@@ -114,7 +137,7 @@ mod tests {
             ("running 2 tests\ntest 7 passed ... ok\n".to_owned() + &line(3, 0, 2), "3 passed, 2 ignored"),
             (String::new(), "0 passed"),
         ] {
-            assert_eq!(verdict(&stdout), expected);
+            assert_eq!(Tally::of(&stdout).to_string(), expected);
         }
     }
 }

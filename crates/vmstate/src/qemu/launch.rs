@@ -13,7 +13,7 @@ use io::Cancel;
 use mem::{Output, Program};
 use rustix::fs::MemfdFlags;
 
-use crate::qmp::Client;
+use crate::qmp::{CLOSED_HINT, Client};
 use crate::{Error, Kind, Result};
 
 /// The id of the monitor that vmstate adds.
@@ -123,8 +123,9 @@ impl Launched {
         let _ = self.child.wait();
         match self.messages() {
             Some(text) if error.kind() != Kind::Interrupted => {
-                let hint = error.hint_text().map(str::to_owned);
-                let hint = hint.or_else(|| lock_hint(&text));
+                // Its messages are told here, so nobody has to be sent to look at them.
+                let hint = error.hint_text().filter(|hint| *hint != CLOSED_HINT).map(str::to_owned);
+                let hint = lock_hint(&text).or(hint);
                 let error = Error::new(error.kind(), format!("{}; QEMU says: {text}", error.chain()));
                 match hint {
                     Some(hint) => error.hint(hint),
