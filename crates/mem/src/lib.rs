@@ -31,8 +31,9 @@
 //! `shmem_file_llseek` and `shmem_file_read_iter` of mm/shmem.c (swapped pages are data; reading a hole gives zeros
 //! and no page); of ext4 and XFS, `iomap_seek_data` of fs/iomap/seek.c (a page written and not yet on the disk is
 //! data, preallocated extents are not until then); hugetlbfs, `hugetlbfs_read_iter` and `default_llseek` of
-//! fs/hugetlbfs/inode.c, and `hugetlb_add_to_page_cache` of mm/hugetlb.c, which counts pages in `i_blocks`. Each was
-//! tried on Linux 6.18, and the tests try it again.
+//! fs/hugetlbfs/inode.c, and `hugetlb_add_to_page_cache` of mm/hugetlb.c, which counts pages in `i_blocks`. The
+//! tests try them again on the kernel at hand (6.18 when this was written), but for XFS, swap, guest_memfd and
+//! memory that the hardware has lost: for those the kernel's source is the only witness.
 //!
 //! Law: no `&[u8]` is ever made over guest memory. The guest may write it at any time, so it is read through
 //! raw pointers, by vector loads or by the kernel.
