@@ -10,9 +10,14 @@ pub struct HostBlock {
     pub name: String,
     /// The host's page size behind it, in bytes.
     pub page_size: u64,
+    /// Where QEMU has it in its own count of all RAM, in bytes.
+    pub offset: u64,
     /// The used length in bytes.
     pub used_length: u64,
-    /// The host virtual address in QEMU's process; QEMU tells it since 8.0.
+    /// The length in bytes that it may grow to; all of it is mapped in QEMU's process.
+    pub total_length: u64,
+    /// The host virtual address in QEMU's process; QEMU tells it since 8.0, [`super::with_addresses`] finds it
+    /// before.
     pub address: Option<u64>,
 }
 
@@ -56,9 +61,9 @@ fn row(line: &str, with_address: bool) -> Option<HostBlock> {
     } else {
         None
     };
-    let _total = hex(column()?)?;
+    let total_length = hex(column()?)?;
     let used_length = hex(column()?)?;
-    let _offset = hex(column()?)?;
+    let offset = hex(column()?)?;
     let unit = match column()? {
         "B" => 0,
         "KiB" => 10,
@@ -68,7 +73,14 @@ fn row(line: &str, with_address: bool) -> Option<HostBlock> {
     };
     let page_size = column()?.parse::<u64>().ok()?.checked_shl(unit)?;
     let name = rest.trim();
-    (!name.is_empty()).then(|| HostBlock { name: name.to_owned(), page_size, used_length, address })
+    (!name.is_empty()).then(|| HostBlock {
+        name: name.to_owned(),
+        page_size,
+        offset,
+        used_length,
+        total_length,
+        address,
+    })
 }
 
 fn hex(text: &str) -> Option<u64> {

@@ -1,5 +1,6 @@
 //! A running QEMU as vmstate meets it: a session over QMP that owes back whatever it changes.
 
+mod addresses;
 mod blocks;
 mod device_state;
 mod facts;
@@ -8,6 +9,7 @@ mod probe;
 mod process;
 mod session;
 
+pub use addresses::with_addresses;
 pub use blocks::{HostBlock, host_blocks};
 pub use device_state::device_state;
 pub use facts::{guest_facts, stat_disks};

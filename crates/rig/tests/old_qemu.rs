@@ -1,0 +1,182 @@
+//! QEMU 7.2, which tells no host addresses and has no mapped-ram: what vmstate takes from outside is what that QEMU
+//! writes itself, byte for byte, and the newer QEMU goes on with it.
+//!
+//! A part of `make test-full`: `scripts/setup-qemu72.sh` unpacks the old QEMU.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use lab::{Guest, GuestSettings, MachineKind, MemoryBackend, Qemu, QemuSpec};
+use page::PageSize;
+use serde_json::{Map, json};
+use vmstate::net::QmpAddress;
+use vmstate::source::MappedRamFile;
+use vmstate::{Cancel, SaveSettings, Unobserved, Via};
+use vmstate_rig::{DEADLINE, StockLoad, client, stock_load, verify_image};
+use wire::qemu::{Event, StreamScanner};
+
+/// The old QEMU as a user has it who never heard of the new one; `None`, aloud, where it is not to be tested.
+fn old(machine: MachineKind, backend: MemoryBackend, mib: u64) -> Option<QemuSpec> {
+    let program = lab::assets_dir().join("qemu72/qemu-system-x86_64");
+    if std::env::var_os("VMSTATE_TEST_FULL").is_none() {
+        eprintln!("skipped: QEMU 7.2 is a part of make test-full (VMSTATE_TEST_FULL is not set)");
+        return None;
+    }
+    if !program.exists() {
+        eprintln!("skipped: no QEMU 7.2 at {}; scripts/setup-qemu72.sh unpacks it", program.display());
+        return None;
+    }
+    let version = match machine {
+        MachineKind::Q35 => "pc-q35-7.2",
+        MachineKind::Pc => "pc-i440fx-7.2",
+    };
+    let guest = GuestSettings {
+        fill_rounds: 1,
+        pages_low_max: 30_000,
+        pages_high_max: 20_000,
+        ..GuestSettings::default()
+    };
+    Some(QemuSpec {
+        program,
+        machine_version: Some(version.to_owned()),
+        backend,
+        guest: Some(Guest::new(guest)),
+        ..QemuSpec::new(machine, mib << 20)
+    })
+}
+
+fn images() -> tempfile::TempDir {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    std::fs::create_dir_all(target).unwrap();
+    tempfile::tempdir_in(target).unwrap()
+}
+
+fn save(qemu: &Qemu, image: &Path) {
+    let settings =
+        SaveSettings { via: Via::Direct, ..SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), image) };
+    vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved)
+        .unwrap_or_else(|error| panic!("{}", error.chain()));
+}
+
+#[test]
+fn what_is_saved_from_qemu_7_2_goes_on_in_stock_qemu() {
+    for machine in [MachineKind::Q35, MachineKind::Pc] {
+        for (backend, mib) in
+            [(MemoryBackend::Plain, 1024), (MemoryBackend::Memfd, 1024), (MemoryBackend::Plain, 5120)]
+        {
+            let name = format!("{} {backend:?} {mib} MiB", machine.name());
+            let Some(spec) = old(machine, backend, mib) else { return };
+            let dir = images();
+            let image = dir.path().join("vm.img");
+            let mut source = spec.start().expect(&name);
+            source.wait_for_round(2, DEADLINE).expect(&name);
+            save(&source, &image);
+            let round = source.serial.latest_round().unwrap();
+            drop(source);
+
+            let check = vmstate::check(&image).expect(&name);
+            assert!(check.report.is_clean(), "{name}: {:?}", check.report);
+            verify_image(&spec.guest.unwrap(), &spec.layout(), &image);
+            let new = QemuSpec { program: QemuSpec::new(machine, mib << 20).program, ..spec };
+            let mut target = stock_load(&new, &image, StockLoad::BEST);
+            assert!(client(&target).status().unwrap().running, "{name}");
+            target.wait_for_round(round + 2, DEADLINE).expect(&name);
+        }
+    }
+}
+
+/// Displays and network cards, two of a kind: memory that is mapped under one name twice, and ROMs that are not mapped
+/// at all and have the same length.
+const DEVICES: &str = "-device VGA -device secondary-vga -device virtio-gpu-pci -device virtio-balloon-pci \
+                       -netdev user,id=one -device virtio-net-pci,netdev=one -netdev user,id=two \
+                       -device virtio-net-pci,netdev=two -netdev user,id=three -device e1000,netdev=three";
+
+#[test]
+fn every_block_of_qemu_7_2_is_found_and_holds_what_qemu_sends_of_it() {
+    for (machine, backend) in [
+        (MachineKind::Q35, MemoryBackend::Plain),
+        (MachineKind::Pc, MemoryBackend::Plain),
+        (MachineKind::Q35, MemoryBackend::Ram),
+        (MachineKind::Pc, MemoryBackend::Memfd),
+    ] {
+        let name = format!("{} {backend:?}", machine.name());
+        let Some(mut spec) = old(machine, backend, 256) else { return };
+        spec.extra = DEVICES.split_whitespace().map(Into::into).collect();
+        let dir = images();
+        let (image, stream) = (dir.path().join("vm.img"), dir.path().join("stream"));
+        let mut source = spec.start().expect(&name);
+        source.wait_for_round(1, DEADLINE).expect(&name);
+        save(&source, &image);
+        write_stream(&source, &stream);
+        let blocks = compare(&image, &stream, &name);
+        for block in
+            ["pc.ram", "pc.bios", "/rom@etc/acpi/tables", "/rom@etc/table-loader", "/rom@etc/acpi/rsdp"]
+        {
+            assert!(blocks.iter().any(|known| known == block), "{name}: no `{block}` among {blocks:?}");
+        }
+        // Some of each, and not only the first.
+        let count = |end: &str| blocks.iter().filter(|block| block.ends_with(end)).count();
+        assert_eq!((count("/vga.vram"), count("/virtio-net-pci.rom")), (2, 2), "{name}: {blocks:?}");
+    }
+}
+
+/// Has QEMU write a stream of the guest, which vmstate has paused, by nothing but its own commands.
+fn write_stream(qemu: &Qemu, path: &Path) {
+    let mut client = client(qemu);
+    let file = File::create(path).unwrap();
+    let mut bandwidth = Map::new();
+    bandwidth.insert("max-bandwidth".to_owned(), json!(1u64 << 60));
+    client.set_parameters(bandwidth).unwrap();
+    client.getfd("stream", file.as_fd()).unwrap();
+    client.migrate("fd:stream").unwrap();
+    let end = std::time::Instant::now() + DEADLINE;
+    while client.migration().unwrap().status != "completed" {
+        assert!(std::time::Instant::now() < end, "{:?}", client.migration());
+        std::thread::yield_now();
+    }
+}
+
+/// Compares every page of a stream with the image's; returns the names of the blocks.
+fn compare(image: &Path, stream: &Path, name: &str) -> Vec<String> {
+    let image = MappedRamFile::open(image).unwrap();
+    let blocks = &image.layout().blocks;
+    let pages: Vec<_> = blocks.iter().map(|block| image.pages(block).unwrap()).collect();
+    let mut names = Vec::new();
+    let mut seen = vec![0; blocks.len()];
+    let mut page = [0; 4096];
+    let mut differs = |index: usize, offset: u64, data: &[u8]| {
+        seen[index] += 1;
+        image.read_ram(&blocks[index], &pages[index], offset, &mut page).unwrap();
+        assert!(page == data, "{name}: `{}` at {offset:#x} is not what QEMU sends", blocks[index].name);
+    };
+    let file = File::open(stream).unwrap();
+    let mut scanner = StreamScanner::new(0, PageSize::X86);
+    let mut window = vec![0; 1 << 20];
+    let (mut at, mut is_over) = (0, false);
+    while !is_over {
+        let len = file.read_at(&mut window, at).unwrap();
+        assert_ne!(len, 0, "{name}: the stream ends amid the RAM");
+        scanner
+            .feed(&window[..len], |event| {
+                match event {
+                    Event::Blocks(setup) => {
+                        names = setup.blocks.iter().map(|block| block.name.as_str().to_owned()).collect();
+                    }
+                    Event::Page { block, offset, data, .. } => differs(block, offset, data),
+                    Event::Zero { block, offset } => differs(block, offset, &[0; 4096]),
+                    Event::DeviceState { .. } => is_over = true,
+                    _ => {}
+                }
+                Ok::<_, wire::Fault>(())
+            })
+            .unwrap();
+        at += len as u64;
+    }
+    let ours: Vec<_> = blocks.iter().map(|block| block.name.as_str().to_owned()).collect();
+    assert_eq!(ours, names, "{name}");
+    let all: Vec<_> = blocks.iter().map(|block| block.page_count().0).collect();
+    assert_eq!(seen, all, "{name}: QEMU sends each page of a guest that stands still once");
+    names
+}
