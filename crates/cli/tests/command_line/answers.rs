@@ -174,6 +174,7 @@ fn answers_have_the_keys_and_exit_codes_that_are_promised() {
             "qemu_pid",
             "qmp",
             "read_bytes",
+            "reason",
             "resident_ms",
             "run_state",
             "via",

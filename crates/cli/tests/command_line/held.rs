@@ -64,8 +64,12 @@ impl Held {
 
     fn is_cancelled(&self) -> bool {
         let entries = std::fs::read_dir(format!("/proc/{}/fdinfo", self.child.id())).unwrap();
-        entries.filter_map(Result::ok).any(|entry| {
-            let info = std::fs::read_to_string(entry.path()).unwrap_or_default();
+        let infos: Vec<_> = entries
+            .filter_map(Result::ok)
+            .map(|entry| std::fs::read_to_string(entry.path()).unwrap_or_default())
+            .collect();
+        assert!(!infos.is_empty(), "the signal has ended it");
+        infos.iter().any(|info| {
             let count = info.lines().find_map(|line| line.strip_prefix("eventfd-count:"));
             count.is_some_and(|count| count.trim() != "0")
         })

@@ -15,13 +15,8 @@ use vmstate_rig::{DEADLINE, Hook, client};
 
 use crate::{booted, images, names_in, save_to, says, small, told};
 
-fn restore(
-    image: &Path,
-    target: Target,
-    cancel: &Cancel,
-    observer: &dyn Observer,
-) -> Result<RestoreReport, Error> {
-    let settings = RestoreSettings {
+fn settings(image: &Path, target: Target) -> RestoreSettings {
+    RestoreSettings {
         image: image.to_owned(),
         target,
         channels: None,
@@ -29,8 +24,16 @@ fn restore(
         record: Record::AsItWas,
         force: false,
         via: vmstate::Via::Auto,
-    };
-    vmstate::restore(&settings, cancel, observer)
+    }
+}
+
+fn restore(
+    image: &Path,
+    target: Target,
+    cancel: &Cancel,
+    observer: &dyn Observer,
+) -> Result<RestoreReport, Error> {
+    vmstate::restore(&settings(image, target), cancel, observer)
 }
 
 /// A QEMU to be started with its files in a directory of its own, by which its process is known.
@@ -238,7 +241,17 @@ fn devices_without_ram_that_differ_are_told_in_qemus_words() {
     let with_rng = QemuSpec { extra: vec!["-device".into(), "virtio-rng-pci".into()], ..small() };
     drop(image_of(&with_rng, &image));
     let launch = Launch::new(&small());
-    let (kind, chain, hint) = told(launch.restore(&image));
+    assert_eq!(
+        told(launch.restore(&image)),
+        says(
+            Kind::Incompatible,
+            "target has no device `0000:00:02.0/virtio-rng`, image has one",
+            "start the target with the devices that the guest was saved with; --force tries all the same"
+        )
+    );
+    // Whoever insists hears it from QEMU.
+    let settings = RestoreSettings { force: true, ..settings(&image, launch.target()) };
+    let (kind, chain, hint) = told(vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved));
     assert_eq!(kind, Kind::Peer);
     assert!(chain.starts_with("QEMU could not load the image: "), "{chain}");
     assert!(chain.contains("Unknown savevm section or instance '0000:00:02.0/virtio-rng'"), "{chain}");
