@@ -12,6 +12,8 @@ use rustix::io::Errno;
 
 use crate::direct::{DirectChoice, DirectIo, open_direct, unsupported};
 use crate::lane::LaneTarget;
+use crate::owner::Owner;
+use crate::timed::Rates;
 
 /// The longest file name that common file systems take, in bytes.
 const NAME_MAX: usize = 255;
@@ -24,6 +26,8 @@ const NAME_ATTEMPTS: usize = 16;
 pub struct DraftOptions {
     /// The permission bits of the file, whatever the umask says. Guest memory is secret: 0600 unless told.
     pub mode: u32,
+    /// Whom the file is given to. Refused by the system, but for root, where that is somebody else.
+    pub owner: Owner,
     /// Whether a file that stands under the final name may be replaced.
     pub overwrite: bool,
     /// Whether pages go past the page cache.
@@ -34,7 +38,13 @@ pub struct DraftOptions {
 
 impl Default for DraftOptions {
     fn default() -> DraftOptions {
-        DraftOptions { mode: 0o600, overwrite: false, direct: DirectChoice::Auto, sync: true }
+        DraftOptions {
+            mode: 0o600,
+            owner: Owner::default(),
+            overwrite: false,
+            direct: DirectChoice::Auto,
+            sync: true,
+        }
     }
 }
 
@@ -45,8 +55,13 @@ pub enum DraftStep {
     OpenDirectory,
     Inspect,
     CreatePartial,
+    SetOwner,
     SetMode,
+    Open,
     OpenDirect,
+    Measure,
+    WipeHead,
+    WriteHead,
     SetLength,
     QuerySpace,
     Reopen,
@@ -61,8 +76,13 @@ impl std::fmt::Display for DraftStep {
             DraftStep::OpenDirectory => "opening the directory",
             DraftStep::Inspect => "looking at the name",
             DraftStep::CreatePartial => "creating the temporary file",
+            DraftStep::SetOwner => "setting the owner",
             DraftStep::SetMode => "setting the permissions",
+            DraftStep::Open => "opening for writing",
             DraftStep::OpenDirect => "opening for direct I/O",
+            DraftStep::Measure => "trying how fast it is",
+            DraftStep::WipeHead => "wiping the head of what was there",
+            DraftStep::WriteHead => "writing the head",
             DraftStep::SetLength => "setting the length",
             DraftStep::QuerySpace => "asking for free space",
             DraftStep::Reopen => "opening the temporary file again",
@@ -129,6 +149,36 @@ pub enum DraftError {
         path: PathBuf,
         /// What it is.
         obstacle: Obstacle,
+    },
+    /// What is there already would be overwritten, and overwriting was not allowed.
+    #[error("`{}` has {bytes:#x} bytes from {start:#x} on, which would be overwritten", path.display())]
+    Occupied {
+        /// The path.
+        path: PathBuf,
+        /// Where the image is to start.
+        start: u64,
+        /// How many bytes are there from then on.
+        bytes: u64,
+    },
+    /// There is not enough room, and there will not be: a device does not grow.
+    #[error("`{}` has {has:#x} bytes from {start:#x} on, the image takes {needs:#x}", path.display())]
+    TooSmall {
+        /// The path.
+        path: PathBuf,
+        /// Where the image is to start.
+        start: u64,
+        /// The room from there on, in bytes.
+        has: u64,
+        /// The length of the image in bytes.
+        needs: u64,
+    },
+    /// An offset or an owner was asked for where there is none to be given.
+    #[error("`{}`: {what}", path.display())]
+    NotForThis {
+        /// The path.
+        path: PathBuf,
+        /// What cannot be.
+        what: &'static str,
     },
     /// Direct I/O was demanded and is not to be had.
     #[error("`{}`: no direct I/O: {reason}", path.display())]
@@ -208,6 +258,12 @@ impl Draft {
             direct: None,
             direct_io: unsupported("switched off"),
         };
+        // The owner first: giving a file away can cost it permission bits.
+        let Owner { user, group } = options.owner;
+        if (user, group) != (None, None) {
+            std::os::unix::fs::fchown(&draft.buffered, user, group)
+                .map_err(|source| draft.fail(DraftStep::SetOwner, source))?;
+        }
         // The umask has cut the mode that the file was created with.
         rustix::fs::fchmod(&draft.buffered, Mode::from_raw_mode(options.mode))
             .map_err(fail(DraftStep::SetMode, &draft.partial_path))?;
@@ -235,6 +291,26 @@ impl Draft {
         }
         (self.direct, self.direct_io) = (direct, direct_io);
         Ok(())
+    }
+
+    /// Tries how fast the file is with direct I/O and without, which takes some 50 ms; `None` where there is no
+    /// choice to make. The file is empty afterwards.
+    ///
+    /// # Errors
+    /// What makes any write fail, a full disk for one.
+    pub fn measure(&self) -> Result<Option<Rates>, DraftError> {
+        let Some(direct) = &self.direct else { return Ok(None) };
+        let rates = Rates::measure(direct, &self.buffered);
+        // Also after a failure: what was written is not the image's.
+        let cut = self.buffered.set_len(0);
+        let rates = rates.map_err(|source| self.fail(DraftStep::Measure, source))?;
+        cut.map_err(|source| self.fail(DraftStep::SetLength, source))?;
+        Ok(Some(rates))
+    }
+
+    /// Lets go of direct I/O, for this reason.
+    pub fn leave_direct(&mut self, reason: &str) {
+        (self.direct, self.direct_io) = (None, unsupported(reason));
     }
 
     /// The final path.

@@ -2,7 +2,8 @@
 //!
 //! The crate knows nothing of formats or guests. A planner deals [`Piece`]s, a [`Supply`] says where the
 //! bytes of a piece are, the [`WriteLanes`] put them at fixed offsets of a [`Draft`], and the draft becomes
-//! a file under its final name only when it is whole and on disk.
+//! a file under its final name only when it is whole and on disk. Other places keep as much of that as they
+//! can, see [`Target`]: a [`Place`] of a file or device, an [`Outflow`] into a pipe.
 //!
 //! Law: one lane is one thread with one slab. The caller's thread plans, deals and reads [`Counters`].
 
@@ -12,11 +13,16 @@ mod direct;
 mod draft;
 mod file_supply;
 mod lane;
+mod outflow;
+mod owner;
+mod place;
 mod publish;
 mod queue;
 mod residency;
 mod slab;
 mod supply;
+mod target;
+mod timed;
 
 pub use cancel::Cancel;
 pub use counters::{Counters, CountersReading};
@@ -24,6 +30,11 @@ pub use direct::{DirectChoice, DirectIo, ReadPair};
 pub use draft::{Draft, DraftError, DraftOptions, DraftStep, Obstacle};
 pub use file_supply::FileSupply;
 pub use lane::{LaneError, LaneSettings, LaneTarget, PositionedWrite, WriteLanes};
+pub use outflow::{Outflow, OutflowError, PageContent, PagesWritten};
+pub use owner::{Owner, OwnerError};
+pub use place::{HEAD_LEN, Place};
 pub use residency::cached_bytes;
 pub use slab::{HUGE_PAGE, Slab};
 pub use supply::{GRAIN_MAX, GRAIN_MIN, PIECE_GRAINS, Piece, Scratch, Supplied, Supply};
+pub use target::{Target, TargetKind};
+pub use timed::Rates;

@@ -53,6 +53,43 @@ fn a_dropped_draft_leaves_nothing() {
 }
 
 #[test]
+fn a_new_file_belongs_to_whom_it_is_given() {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: only root may give files away");
+        return;
+    }
+    let directory = directory();
+    for (owner, user, group, mode) in [("1234:5678", 1234, 5678, 0o640), (":5678", 0, 5678, 0o600)] {
+        let path = directory.path().join(mode.to_string());
+        let owner = owner.parse().expect("an owner");
+        let draft =
+            Draft::create(&path, DraftOptions { owner, mode, ..DraftOptions::default() }).expect("a draft");
+        draft.publish().expect("a free name");
+        let found = fs::metadata(&path).expect("the file");
+        assert_eq!((found.uid(), found.gid(), found.mode() & 0o7777), (user, group, mode));
+    }
+}
+
+#[test]
+fn a_draft_that_was_measured_is_empty_again() {
+    let directory = directory();
+    let draft = create(&directory.path().join("vm.img")).expect("a draft");
+    let rates = draft.measure().expect("room for a few megabytes");
+    assert_eq!(rates.is_some(), draft.direct().is_some(), "{rates:?}");
+    assert_eq!(draft.buffered().metadata().expect("the file").len(), 0);
+}
+
+#[test]
+fn direct_io_that_is_left_is_gone_with_its_reason() {
+    let directory = directory();
+    let mut draft = create(&directory.path().join("vm.img")).expect("a draft");
+    draft.leave_direct("slow");
+    assert!(draft.direct().is_none());
+    assert_eq!(*draft.direct_io(), DirectIo::Unsupported { reason: "slow".to_owned() });
+    assert_eq!(draft.measure().expect("nothing to do"), None);
+}
+
+#[test]
 fn the_mode_is_exactly_the_one_asked_for() {
     let directory = directory();
     for mode in [0o600, 0o640, 0o666] {
