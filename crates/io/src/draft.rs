@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, openat, statat, unlinkat};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, flock, openat, statat, unlinkat};
 use rustix::io::Errno;
 
 use crate::direct::{DirectChoice, DirectIo, open_direct, unsupported};
@@ -407,7 +407,7 @@ impl Drop for Draft {
 }
 
 /// The directory and the name within it that `path` stands for.
-fn split_path(path: &Path) -> Result<(PathBuf, &OsStr), DraftError> {
+pub(crate) fn split_path(path: &Path) -> Result<(PathBuf, &OsStr), DraftError> {
     let bytes = path.as_os_str().as_bytes();
     // `Path` drops a trailing slash or dot, which would turn `images/` into a file called `images`.
     let is_cut = bytes.ends_with(b"/") || bytes.ends_with(b"/.");
@@ -458,7 +458,11 @@ fn create_partial(directory: &File, name: &OsStr, mode: u32) -> Result<(OsString
     for _ in 0..NAME_ATTEMPTS {
         let partial = partial_name(name, RandomState::new().hash_one(name));
         match openat(directory, &partial, flags, Mode::from_raw_mode(mode)) {
-            Ok(descriptor) => return Ok((partial, File::from(descriptor))),
+            Ok(descriptor) => {
+                // While anybody has this descriptor the draft is no stray. Where there are no locks, strays stay.
+                let _ = flock(&descriptor, FlockOperation::NonBlockingLockExclusive);
+                return Ok((partial, File::from(descriptor)));
+            }
             Err(Errno::EXIST) => {}
             Err(error) => return Err(error),
         }
@@ -469,12 +473,15 @@ fn create_partial(directory: &File, name: &OsStr, mode: u32) -> Result<(OsString
 /// `.NAME.vmstate-PID-RANDOM.partial`, the name cut so that the whole fits a directory entry.
 fn partial_name(name: &OsStr, random: u64) -> OsString {
     let suffix = format!(".vmstate-{}-{random:016x}.partial", std::process::id());
-    let kept = name.as_bytes().len().min(NAME_MAX - 1 - suffix.len());
-    let mut partial = Vec::with_capacity(NAME_MAX);
-    partial.push(b'.');
-    partial.extend_from_slice(&name.as_bytes()[..kept]);
+    let mut partial = partial_prefix(name, suffix.len());
     partial.extend_from_slice(suffix.as_bytes());
     OsString::from_vec(partial)
+}
+
+/// What comes before a suffix of `suffix_len` bytes in the temporary name of `name`.
+pub(crate) fn partial_prefix(name: &OsStr, suffix_len: usize) -> Vec<u8> {
+    let kept = name.as_bytes().len().min(NAME_MAX.saturating_sub(1 + suffix_len));
+    [b".", &name.as_bytes()[..kept]].concat()
 }
 
 #[cfg(test)]
