@@ -34,7 +34,7 @@ pub enum AttachError {
     #[error(transparent)]
     Peer(#[from] PeerError),
     /// One block cannot be reached; the others were not looked at.
-    #[error("block `{block}`: {reason}")]
+    #[error("block `{block}`")]
     Block {
         /// The name of the block.
         block: String,

@@ -1,5 +1,6 @@
 //! Every kind of guest memory that QEMU has: saved from outside by vmstate, verified, and loaded by stock QEMU
-//! into plain memory and into the same kind. What the machine cannot give is said aloud.
+//! into plain memory and into the same kind; saved by stock QEMU from there, and restored by vmstate into the
+//! same kind again. What the machine cannot give is said aloud.
 
 #![allow(clippy::print_stdout, reason = "a test that leaves something out says what it misses")]
 
@@ -14,13 +15,16 @@ use std::sync::Arc;
 mod huge;
 
 use huge::{HUGE_PAGE, HugePool, free_huge_pages};
-use lab::{Guest, GuestSettings, MachineKind, MemoryBackend, Qemu, QemuSpec};
+use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
 use mem::{Backing, BlockAddress, GuestRam, Medium, Peer};
 use serde_json::json;
 use vmstate::net::QmpAddress;
 use vmstate::source::MappedRamFile;
-use vmstate::{Cancel, SaveReport, SaveSettings, Unobserved, Via};
-use vmstate_rig::{DEADLINE, StockLoad, client, compare_images, stock_load, verify_image};
+use vmstate::{
+    Cancel, DirectIo, Record, RestoreReport, RestoreSettings, SaveReport, SaveSettings, Target, Unobserved,
+    Via,
+};
+use vmstate_rig::{DEADLINE, StockLoad, client, compare_images, stock_load, stock_save, verify_image};
 
 /// What QEMU's own probe may allocate of shared memory in the moment before it is cancelled.
 const PROBE_BYTES_MAX: u64 = 4 << 20;
@@ -118,16 +122,51 @@ fn check(case: &Case<'_>) {
     assert!(check.report.is_clean(), "{name}: {:?}", check.report);
     let pattern = verify_image(&spec.guest.unwrap(), &spec.layout(), &image);
     assert!((round..=round + 1).contains(&pattern.round), "{name}: {pattern:?} after round {round}");
-    let plain = MemoryBackend::Plain;
-    for (target, backend) in [("plain memory", plain), ("its own kind", (case.backend)())] {
-        let spec = QemuSpec { backend, ..spec.clone() };
-        let mut loaded = stock_load(&spec, &image, StockLoad::BEST);
-        client(&loaded).cont().unwrap();
-        // The guest verifies every page in each round, and halts at the first that is not right.
-        loaded
-            .wait_for_round(round + 2, DEADLINE)
-            .unwrap_or_else(|error| panic!("{name} into {target}: {error}"));
-    }
+    // The guest verifies every page in each round, and halts at the first that is not right.
+    let goes_on = |qemu: &mut Qemu, round: u32, target: &str| {
+        qemu.wait_for_round(round + 2, DEADLINE)
+            .unwrap_or_else(|error| panic!("{name} into {target}: {error}"))
+    };
+    let mut loaded = stock_load(&spec_of(&spec, MemoryBackend::Plain), &image, StockLoad::BEST);
+    client(&loaded).cont().unwrap();
+    goes_on(&mut loaded, round, "plain memory");
+    drop(loaded);
+
+    let mut loaded = stock_load(&spec_of(&spec, (case.backend)()), &image, StockLoad::BEST);
+    client(&loaded).cont().unwrap();
+    let round = goes_on(&mut loaded, round, "its own kind");
+    let theirs = dir.path().join("theirs.img");
+    stock_save(&loaded, &theirs, StockLoad::BEST);
+    drop(loaded);
+
+    let waiting = QemuSpec { incoming: Incoming::Defer, ..spec_of(&spec, (case.backend)()) };
+    let mut restored = waiting.start().expect(name);
+    let report = restore(&restored, &theirs);
+    // What is a file can be filled through it, but for huge pages, whose file system takes no writes.
+    let expected = match case.expected {
+        ("shared", Some(Medium::Shmem | Medium::Disk)) => Via::Direct,
+        _ => Via::Qemu,
+    };
+    assert_eq!(report.via, expected, "{name}: {:?}", report.reason);
+    goes_on(&mut restored, round, "its own kind by vmstate");
+}
+
+fn spec_of(spec: &QemuSpec, backend: MemoryBackend) -> QemuSpec {
+    QemuSpec { backend, ..spec.clone() }
+}
+
+fn restore(qemu: &Qemu, image: &Path) -> RestoreReport {
+    let settings = RestoreSettings {
+        image: image.to_owned(),
+        target: Target::Waiting(QmpAddress::Unix(qemu.qmp_path())),
+        via: Via::Auto,
+        channels: None,
+        direct_io: DirectIo::Auto,
+        record: Record::Running,
+        force: false,
+    };
+    vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved)
+        .unwrap_or_else(|error| panic!("{}", error.chain()))
 }
 
 /// A backend of other properties, and a file of its own for each QEMU.

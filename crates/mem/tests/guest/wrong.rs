@@ -10,7 +10,7 @@ use crate::{MIB, PAGE, presence};
 fn refuse(process: &Process, memory: Memory) -> String {
     let refused = GuestRam::attach(process.peer(), &[block("pc.ram", memory)]).expect_err("no such memory");
     assert!(matches!(refused, AttachError::Block { .. }), "{refused:?}");
-    refused.to_string()
+    told(&refused)
 }
 
 #[test]
@@ -213,11 +213,19 @@ fn blocks_that_cannot_be_are_refused_by_name() {
     let process = Process::start();
     let mut wrong = block("pc.rom", Memory { address: 0x1234, length: PAGE });
     let refused = GuestRam::attach(process.peer(), &[wrong.clone()]).expect_err("amid a page");
-    assert_eq!(refused.to_string(), "block `pc.rom`: it starts at 0x1234, amid a page");
+    assert_eq!(told(&refused), "block `pc.rom`: it starts at 0x1234, amid a page");
     (wrong.address, wrong.page_size) = (0, 3);
     let refused = GuestRam::attach(process.peer(), &[wrong]).expect_err("no page size");
     let AttachError::Block { reason: AttachReason::Implausible { text }, .. } = &refused else {
         panic!("{refused:?}")
     };
     assert_eq!(text, "a page size of 0x3 bytes");
+}
+
+/// An error and its reason, as whoever prints the chain tells them.
+fn told(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(reason) => format!("{error}: {reason}"),
+        None => error.to_string(),
+    }
 }
