@@ -24,6 +24,8 @@ pub enum Command {
     Save(Save),
     /// Bring a guest back from an image
     Restore(Restore),
+    /// Bring back a guest that a killed save left paused, and clear what that save left in QEMU
+    Resume(Resume),
     /// Show what an image holds
     Info(Inspect),
     /// Look for every structural fault of an image; exit 1 when there is one
@@ -141,6 +143,20 @@ pub struct Restore {
     /// The QEMU to start and its arguments; vmstate adds -S, -incoming and a monitor of its own
     #[arg(last = true, value_name = "QEMU ARGS")]
     pub qemu: Vec<OsString>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Resume {
+    /// The guest's QMP monitor, the one that the save used
+    #[arg(long, value_name = "ADDR", env = "VMSTATE_QMP")]
+    pub qmp: QmpAddress,
+
+    /// Clear also what a save by a process of another host or container has left
+    #[arg(long)]
+    pub force: bool,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -267,6 +283,7 @@ impl Args {
         match &self.command {
             Command::Save(args) => args.report.json,
             Command::Restore(args) => args.report.json,
+            Command::Resume(args) => args.report.json,
             Command::Info(args) | Command::Check(args) => args.json,
             Command::Demo(args) => args.json,
             Command::Completions { .. } | Command::Man => false,

@@ -25,6 +25,6 @@ pub mod source;
 pub use error::{Error, Kind, Result};
 pub use io::Cancel;
 pub use job::{
-    DirectIo, Observer, Phases, Record, RestoreReport, RestoreSettings, SaveReport, SaveSettings, Target,
-    Then, Unobserved, Via, check, info, restore, save,
+    DirectIo, Observer, Phases, Record, RestoreReport, RestoreSettings, ResumeReport, ResumeSettings,
+    SaveReport, SaveSettings, Target, Then, Unobserved, Via, check, info, restore, resume, save,
 };

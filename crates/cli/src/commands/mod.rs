@@ -4,6 +4,7 @@ mod check;
 mod demo;
 mod info;
 mod restore;
+mod resume;
 mod save;
 
 use clap::CommandFactory;
@@ -25,6 +26,7 @@ pub fn run(args: Args) -> vmstate::Result<Outcome> {
     match args.command {
         Command::Save(args) => save::run(args),
         Command::Restore(args) => restore::run(args),
+        Command::Resume(args) => resume::run(args),
         Command::Info(args) => info::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Demo(args) => demo::run(&args),

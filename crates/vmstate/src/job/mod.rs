@@ -2,12 +2,14 @@
 
 mod inspect;
 mod restore;
+mod resume;
 mod save;
 
 use std::time::{Duration, Instant};
 
-pub use inspect::{BlockSummary, Check, ImageInfo, SectionSummary, check, info};
+pub use inspect::{BlockSummary, Check, ImageInfo, SectionSummary, check, check_at, info, info_at};
 pub use restore::{Record, RestoreReport, RestoreSettings, Target, restore};
+pub use resume::{ResumeReport, ResumeSettings, resume};
 pub use save::{SaveReport, SaveSettings, Then, save};
 
 /// Who carries the RAM.

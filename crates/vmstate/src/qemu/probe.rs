@@ -17,7 +17,7 @@ use super::Session;
 use crate::{Error, Kind, Result};
 
 /// The name under which QEMU receives the socket.
-const PROBE: &str = "vmstate-probe";
+pub(super) const PROBE: &str = "vmstate-probe";
 /// How long QEMU may take to send what the probe reads: setting up a migration clears a bitmap per RAM
 /// block, milliseconds on a guest of a TiB.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -28,7 +28,7 @@ const PROBE_LEN_MAX: usize = 2 << 20;
 /// scanning on. Every page of shared memory that it looks at gets allocated.
 const PROBE_SEND_BUFFER: usize = 4096;
 /// The least bandwidth, in bytes per second, that is a limit: 0 means none.
-const PROBE_BANDWIDTH: u64 = 4096;
+pub(super) const PROBE_BANDWIDTH: u64 = 4096;
 
 /// What the probe tells.
 #[derive(Clone, Debug, PartialEq, Eq)]

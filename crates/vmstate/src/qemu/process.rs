@@ -9,7 +9,7 @@ use super::Session;
 use crate::{Error, Kind, Result};
 
 /// The name under which QEMU holds the proof for a moment.
-const PROOF: &str = "vmstate-proof";
+pub(super) const PROOF: &str = "vmstate-proof";
 
 /// Finds QEMU's process.
 ///

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use io::Cancel;
 use serde_json::{Map, Value};
 
+use super::note::{Note, Saver, remove_note};
 use crate::net::QmpAddress;
 use crate::qmp::{Capability, Client, Event, MigrationInfo, RunStatus, Version};
 use crate::{Error, Kind, Result};
@@ -19,6 +20,8 @@ const SETTLE_STEP_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The capability that makes QEMU send `MIGRATION` events; the only one that may stay on for a probe.
 const EVENTS: &str = "events";
+/// What the mark of a descriptor begins with; the number of the process follows.
+pub(super) const MARK: &str = "vmstate ";
 
 /// A connection to QEMU together with everything that the job has changed there.
 ///
@@ -49,6 +52,12 @@ pub struct Session {
     moved: Option<String>,
     /// Whether another client has resumed it since then, so that its state is that client's wish.
     resumed: bool,
+    /// The guest's state before it was stopped, by us or by a save whose debts are ours now.
+    state_before: Option<String>,
+    /// Whether a note of what is owed is kept in QEMU, and the id of the one that is there.
+    keeps_note: bool,
+    note: Option<String>,
+    notes_left: u64,
     settled: bool,
 }
 
@@ -75,7 +84,12 @@ impl Session {
             )
             .hint("wait for it to end, or cancel it with migrate_cancel"));
         }
-        Ok(Session {
+        Ok(Session::bare(client, version))
+    }
+
+    /// As [`Session::over`], whether a migration is under way or not.
+    pub(crate) fn bare(client: Client, version: Version) -> Session {
+        Session {
             client,
             version,
             capabilities_found: None,
@@ -89,8 +103,65 @@ impl Session {
             watching: false,
             moved: None,
             resumed: false,
+            state_before: None,
+            keeps_note: false,
+            note: None,
+            notes_left: 0,
             settled: false,
-        })
+        }
+    }
+
+    /// From now on a note in QEMU says what this session owes it, for the day that this process is killed.
+    pub fn keep_note(&mut self) {
+        self.keeps_note = true;
+    }
+
+    /// Writes down what is owed now, before the change that makes it so.
+    fn write_down(&mut self) -> Result<()> {
+        if !self.keeps_note {
+            return Ok(());
+        }
+        let on = |found: &Vec<Capability>| {
+            found.iter().filter(|c| c.state).map(|c| c.name.clone()).collect::<Vec<_>>()
+        };
+        let note = Note {
+            saver: Saver::this(),
+            stopped: self.state_before.clone().filter(|_| self.stopped),
+            capabilities: self.capabilities_found.as_ref().map(on),
+            parameters: self.parameters_found.clone(),
+            mark: self.mark.clone(),
+            serial: self.notes_left,
+        };
+        self.notes_left += 1;
+        match note.leave(&mut self.client) {
+            // The earlier one goes when the later one is there: at no moment is there none.
+            Ok(id) => match self.note.replace(id) {
+                Some(earlier) => remove_note(&mut self.client, &earlier),
+                None => Ok(()),
+            },
+            // A QEMU without such objects is saved all the same.
+            Err(error) if error.is_refusal() => {
+                self.keeps_note = false;
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes over what a killed save owes to the guest: it counts as one in the state `before` that this session
+    /// has stopped.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub(super) fn owe(&mut self, before: Option<String>) -> Result<()> {
+        self.stopped = before.is_some();
+        self.state_before = before;
+        if self.stopped { self.write_down() } else { Ok(()) }
+    }
+
+    /// Whether the guest is stopped and is to be resumed by this session.
+    pub fn owes(&self) -> bool {
+        self.stopped
     }
 
     /// Whether QEMU knows a migration capability.
@@ -138,6 +209,7 @@ impl Session {
                 _ => {}
             }
         }
+        self.write_down()?;
         self.switch(&wanted, changes)
     }
 
@@ -145,7 +217,7 @@ impl Session {
     ///
     /// QEMU refuses some of the one beside some of the other (mapped-ram beside compression), so nothing is
     /// on that is not `events` while parameters change.
-    fn switch(&mut self, wanted: &[Capability], parameters: Map<String, Value>) -> Result<()> {
+    pub(super) fn switch(&mut self, wanted: &[Capability], parameters: Map<String, Value>) -> Result<()> {
         let now = self.client.capabilities()?;
         let keep = |name: &str| {
             let stays = wanted.iter().any(|c| c.name == name && c.state);
@@ -308,11 +380,16 @@ impl Session {
     /// # Errors
     /// As every QMP command; [`Kind::Peer`] where the guest is not paused afterwards.
     pub fn pause(&mut self) -> Result<RunStatus> {
-        let before = self.client.status()?;
+        let mut before = self.client.status()?;
         if before.running {
             // Owed even if the answer never comes: QEMU may have stopped all the same.
             self.stopped = true;
+            self.state_before = Some(before.status.clone());
+            self.write_down()?;
             self.client.stop()?;
+        } else if let (true, Some(status)) = (self.stopped, &self.state_before) {
+            // A killed save stopped it, and its debt is ours.
+            before = RunStatus { running: true, status: status.clone() };
         }
         let after = self.client.status()?;
         if after.running {
@@ -437,6 +514,9 @@ impl Session {
         if let Some(found) = self.capabilities_found.take() {
             attempt(self, &|session| session.switch(&found, parameters.clone()));
         }
+        if let Some(note) = self.note.take() {
+            attempt(self, &|session| remove_note(&mut session.client, &note));
+        }
         match first {
             None => Ok(()),
             // Where it is known what became of QEMU, the error says so itself.
@@ -451,7 +531,7 @@ impl Session {
 /// A mark that no other session of this host has.
 fn mark() -> String {
     static SESSIONS: AtomicU64 = AtomicU64::new(0);
-    format!("vmstate {} {}", std::process::id(), SESSIONS.fetch_add(1, Ordering::Relaxed))
+    format!("{MARK}{} {}", std::process::id(), SESSIONS.fetch_add(1, Ordering::Relaxed))
 }
 
 /// The error for a guest that another client has moved.

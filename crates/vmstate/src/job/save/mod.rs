@@ -167,7 +167,7 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
             sync: settings.sync,
         },
     )?;
-    let mut session = Session::open(&settings.qmp, cancel)?;
+    let mut session = super::resume::open_for_save(&settings.qmp, &settings.image, cancel, observer)?;
     let outcome = carry(settings, &mut session, draft, cancel, &mut watch);
     let outcome = outcome.and_then(|done| {
         after(&mut session, settings.then)?;

@@ -1,0 +1,319 @@
+//! Saves that are killed, and what brings their guests back.
+//!
+//! The save runs in a process of its own, this very program, which kills itself by SIGKILL when a phase begins: so each
+//! run is the same, and nothing of it can clean up.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use lab::{Guest, GuestSettings, MachineKind, Qemu, QemuSpec};
+use rustix::process::{Signal, getpid, kill_process};
+use serde_json::{Map, Value, json};
+use vmstate::net::QmpAddress;
+use vmstate::qmp::Client;
+use vmstate::{Cancel, Error, Kind, ResumeReport, ResumeSettings, SaveReport, SaveSettings, Then, Via};
+use vmstate_rig::{DEADLINE, Footprint, Hook};
+
+/// The phases that a save of each way begins until its image has its name.
+const PHASES: [(Via, &[&str]); 2] = [
+    (Via::Direct, &["connect", "probe", "stop", "device state", "ram", "metadata", "publish"]),
+    (Via::Qemu, &["connect", "stop", "ram", "metadata", "publish"]),
+];
+/// What a killed save is told: the monitor, the image, the way, the phase.
+const ORDERS: &str = "VMSTATE_TEST_KILLED_SAVE";
+
+fn booted() -> Qemu {
+    let spec = QemuSpec {
+        guest: Some(Guest::new(GuestSettings::idle(256))),
+        second_qmp: true,
+        ..QemuSpec::new(MachineKind::Q35, 64 << 20)
+    };
+    let mut qemu = spec.start().unwrap();
+    qemu.wait_for_round(1, DEADLINE).unwrap();
+    qemu
+}
+
+fn images() -> tempfile::TempDir {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    std::fs::create_dir_all(target).unwrap();
+    tempfile::tempdir_in(target).unwrap()
+}
+
+fn client(path: PathBuf) -> Client {
+    let mut client = Client::connect(&QmpAddress::Unix(path), &Cancel::new().unwrap()).unwrap();
+    client.timeout = Some(DEADLINE);
+    client
+}
+
+fn other(qemu: &Qemu) -> Client {
+    client(qemu.second_qmp_path())
+}
+
+fn status(qemu: &Qemu) -> String {
+    other(qemu).status().unwrap().status
+}
+
+/// QEMU's settings and descriptors, with the guest paused, and the ids of its objects.
+fn footprint(qemu: &Qemu) -> (Footprint, Value) {
+    other(qemu).stop().unwrap();
+    let footprint = Footprint::of(&qemu.qmp_path(), qemu.pid());
+    let objects = other(qemu).execute("qom-list", json!({ "path": "/objects" })).unwrap();
+    (footprint, objects)
+}
+
+#[track_caller]
+fn assert_untouched(qemu: &Qemu, before: &(Footprint, Value), name: &str) {
+    let after = footprint(qemu);
+    assert_eq!(before.0.changes(&after.0), [""; 0], "{name}");
+    assert_eq!(before.1, after.1, "{name}");
+}
+
+fn names_in(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn settings(qemu: &Qemu, image: &Path, via: Via) -> SaveSettings {
+    SaveSettings { via, ..SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), image) }
+}
+
+fn save(settings: &SaveSettings, hook: &Hook<'_>) -> SaveReport {
+    vmstate::save(settings, &Cancel::new().unwrap(), hook).unwrap_or_else(|error| panic!("{}", error.chain()))
+}
+
+fn resume_at(qmp: PathBuf) -> Result<ResumeReport, Error> {
+    let settings = ResumeSettings { qmp: QmpAddress::Unix(qmp), force: false };
+    vmstate::resume(&settings, &Cancel::new().unwrap(), &vmstate::Unobserved)
+}
+
+fn resume(qemu: &Qemu) -> ResumeReport {
+    resume_at(qemu.qmp_path()).unwrap_or_else(|error| panic!("{}", error.chain()))
+}
+
+/// Has a save of this guest killed when `phase` begins; returns the number of its process.
+fn killed_save(qemu: &Qemu, image: &Path, via: Via, phase: &str) -> u32 {
+    let orders = format!("{}|{}|{}|{phase}", qemu.qmp_path().display(), image.display(), via.name());
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_save_with_orders_kills_itself"])
+        .env(ORDERS, orders)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let status = child.wait().unwrap();
+    assert_eq!(status.signal(), Some(Signal::KILL.as_raw()), "{via:?} in {phase}: {status}");
+    assert!(!image.exists(), "{via:?} in {phase}");
+    child.id()
+}
+
+/// Not a test of its own: the other side of [`killed_save`].
+#[test]
+fn a_save_with_orders_kills_itself() {
+    let Ok(orders) = std::env::var(ORDERS) else { return };
+    let orders: Vec<_> = orders.split('|').collect();
+    let [qmp, image, via, phase] = orders[..] else { panic!("{orders:?}") };
+    let phases = PHASES.iter().flat_map(|(_, phases)| phases.iter());
+    let phase = phases.copied().find(|known| *known == phase).unwrap();
+    let settings = SaveSettings {
+        via: if via == "direct" { Via::Direct } else { Via::Qemu },
+        ..SaveSettings::new(QmpAddress::Unix(qmp.into()), image)
+    };
+    let hook = Hook::at(phase, || kill_process(getpid(), Signal::KILL).unwrap());
+    let ended = vmstate::save(&settings, &Cancel::new().unwrap(), &hook);
+    panic!("it came to its end: {ended:?}");
+}
+
+#[test]
+fn a_guest_whose_save_was_killed_in_any_phase_is_brought_back() {
+    let qemu = booted();
+    let before = footprint(&qemu);
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    for (via, phases) in PHASES {
+        for phase in phases {
+            let name = format!("{via:?} in {phase}");
+            other(&qemu).cont().unwrap();
+            let pid = killed_save(&qemu, &image, via, phase);
+            let left = status(&qemu);
+            let report = resume(&qemu);
+            // Before the probe QEMU is not changed, and before `stop` the guest runs on.
+            let is_changed = *phase != "connect" && (via, *phase) != (Via::Direct, "probe");
+            let is_stopped = is_changed && *phase != "stop";
+            assert_eq!(left == "running", !is_stopped, "{name}: {left}");
+            assert_eq!(report.cleared.saver_pid, is_changed.then_some(pid), "{name}: {report:?}");
+            assert_eq!(report.resumed, is_stopped, "{name}: {report:?}");
+            assert_eq!(report.run_state, "running", "{name}: {report:?}");
+            assert_eq!(status(&qemu), "running", "{name}");
+            assert_untouched(&qemu, &before, &name);
+            // Done once, there is nothing to do.
+            let again = resume(&qemu);
+            assert!(!again.had_leftovers() && !again.resumed, "{name}: {again:?}");
+            assert_eq!(again.run_state, "paused", "{name}");
+        }
+    }
+    // A guest that came back so often is as good as before, and each save has removed what the one before it left.
+    other(&qemu).cont().unwrap();
+    let strays = names_in(dir.path());
+    let [stray] = &strays[..] else { panic!("{strays:?}") };
+    let hook = Hook::at("never", || {});
+    save(&settings(&qemu, &image, Via::Direct), &hook);
+    assert_eq!(names_in(dir.path()), ["vm.img"]);
+    let removed = dir.path().join(stray);
+    assert_eq!(hook.warnings(), [format!("removed {}, which a killed save had left", removed.display())]);
+}
+
+#[test]
+fn the_next_save_clears_what_a_killed_one_left_and_says_so() {
+    let qemu = booted();
+    let before = footprint(&qemu);
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    for (killed_via, phase, via, then) in [
+        (Via::Direct, "ram", Via::Direct, Then::Pause),
+        (Via::Direct, "device state", Via::Qemu, Then::Resume),
+        (Via::Qemu, "ram", Via::Direct, Then::Resume),
+        // QEMU has done all that it was asked for by then, and given its disks up.
+        (Via::Qemu, "metadata", Via::Direct, Then::Pause),
+    ] {
+        let name = format!("{killed_via:?} in {phase}");
+        other(&qemu).cont().unwrap();
+        let pid = killed_save(&qemu, &image, killed_via, phase);
+        let hook = Hook::at("never", || {});
+        let report = save(&SaveSettings { then, overwrite: true, ..settings(&qemu, &image, via) }, &hook);
+        assert_eq!(report.run_state, "running", "{name}");
+        let warnings = hook.warnings();
+        let warning = format!(
+            "process {pid} was killed while it saved this guest and left it paused: what it left is cleared, and the \
+             guest counts as running (`vmstate resume` would only have brought it back)"
+        );
+        assert_eq!(warnings.first(), Some(&warning), "{name}");
+        assert_eq!(status(&qemu), if then == Then::Pause { "paused" } else { "running" }, "{name}");
+        assert_untouched(&qemu, &before, &name);
+        std::fs::remove_file(&image).unwrap();
+    }
+}
+
+#[test]
+fn a_save_that_fails_after_a_killed_one_brings_the_guest_back() {
+    let qemu = booted();
+    let before = footprint(&qemu);
+    other(&qemu).cont().unwrap();
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    killed_save(&qemu, &image, Via::Direct, "ram");
+    for phase in ["probe", "ram"] {
+        let cancel = Cancel::new().unwrap();
+        let hook = Hook::at(phase, || cancel.cancel());
+        let error = vmstate::save(&settings(&qemu, &image, Via::Direct), &cancel, &hook).unwrap_err();
+        assert_eq!(error.kind(), Kind::Interrupted, "{phase}");
+        assert_eq!(status(&qemu), "running", "{phase}");
+    }
+    assert_untouched(&qemu, &before, "cancelled");
+}
+
+#[test]
+fn a_guest_that_was_paused_before_or_resumed_since_stays_as_it_is() {
+    let qemu = booted();
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    other(&qemu).stop().unwrap();
+    let pid = killed_save(&qemu, &image, Via::Direct, "ram");
+    let report = resume(&qemu);
+    assert_eq!(
+        (report.cleared.saver_pid, report.resumed, report.run_state.as_str()),
+        (Some(pid), false, "paused")
+    );
+    other(&qemu).cont().unwrap();
+    killed_save(&qemu, &image, Via::Direct, "ram");
+    other(&qemu).cont().unwrap();
+    let report = resume(&qemu);
+    assert_eq!((report.resumed, report.run_state.as_str()), (false, "running"));
+    assert!(report.had_leftovers());
+}
+
+#[test]
+fn a_save_that_is_under_way_is_neither_resumed_nor_joined() {
+    let qemu = booted();
+    let dir = images();
+    let pid = std::process::id();
+    for (via, phase) in [(Via::Direct, "stop"), (Via::Direct, "ram"), (Via::Qemu, "metadata")] {
+        let (image, second) = (dir.path().join("vm.img"), dir.path().join("second.img"));
+        let refused = |error: Error| {
+            assert_eq!(error.kind(), Kind::Peer, "{via:?} in {phase}");
+            assert_eq!(error.chain(), format!("process {pid} is saving this guest"), "{via:?} in {phase}");
+        };
+        let hook = Hook::at(phase, || {
+            refused(resume_at(qemu.second_qmp_path()).unwrap_err());
+            let settings = SaveSettings {
+                qmp: QmpAddress::Unix(qemu.second_qmp_path()),
+                ..settings(&qemu, &second, via)
+            };
+            let cancel = Cancel::new().unwrap();
+            refused(vmstate::save(&settings, &cancel, &vmstate::Unobserved).unwrap_err());
+        });
+        let report = save(
+            &SaveSettings { then: Then::Resume, overwrite: true, ..settings(&qemu, &image, via) },
+            &hook,
+        );
+        assert!(hook.is_done(), "{via:?} in {phase}");
+        assert_eq!(report.run_state, "running", "{via:?} in {phase}");
+        assert_eq!(names_in(dir.path()), ["vm.img"], "{via:?} in {phase}");
+    }
+}
+
+/// Starts a migration that goes on for hours.
+fn migrate_slowly(qemu: &Qemu, bytes_per_s: Option<u64>) -> UnixStream {
+    let mut client = client(qemu.qmp_path());
+    if let Some(bytes_per_s) = bytes_per_s {
+        let mut parameters = Map::new();
+        parameters.insert("max-bandwidth".to_owned(), json!(bytes_per_s));
+        client.set_parameters(parameters).unwrap();
+    }
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    rustix::net::sockopt::set_socket_send_buffer_size(&theirs, 4096).unwrap();
+    client.getfd("slow", theirs.as_fd()).unwrap();
+    client.migrate("fd:slow").unwrap();
+    ours
+}
+
+#[test]
+fn the_migration_of_a_killed_save_is_cancelled_and_another_is_not() {
+    let qemu = booted();
+    let before = footprint(&qemu);
+    other(&qemu).cont().unwrap();
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    // As the probe is when it is killed: choked, and nobody reads.
+    killed_save(&qemu, &image, Via::Direct, "stop");
+    let socket = migrate_slowly(&qemu, None);
+    let report = resume(&qemu);
+    assert!(report.cleared.migration_cancelled, "{report:?}");
+    assert_eq!(other(&qemu).migration().unwrap().status, "cancelled");
+    drop(socket);
+    assert_untouched(&qemu, &before, "cancelled");
+
+    other(&qemu).cont().unwrap();
+    killed_save(&qemu, &image, Via::Direct, "stop");
+    let socket = migrate_slowly(&qemu, Some(1 << 20));
+    let error = resume_at(qemu.qmp_path()).unwrap_err();
+    assert_eq!(error.to_string(), "a migration is under way (status `active`) that is not the killed save's");
+    assert!(other(&qemu).migration().unwrap().is_under_way());
+    drop(socket);
+}
+
+#[test]
+fn a_qemu_that_no_save_was_killed_on_is_left_alone() {
+    let qemu = booted();
+    let before = footprint(&qemu);
+    // Paused by somebody, and with a descriptor set that is not ours.
+    let null = std::fs::File::open("/dev/null").unwrap();
+    other(&qemu).add_fd(None, "somebody else's", null.as_fd()).unwrap();
+    let report = resume(&qemu);
+    assert!(!report.had_leftovers(), "{report:?}");
+    assert_eq!((report.resumed, report.run_state.as_str()), (false, "paused"));
+    let after = footprint(&qemu);
+    assert_eq!(after.0.fdsets.as_array().map(Vec::len), Some(1));
+    assert_eq!(before.1, after.1);
+}
