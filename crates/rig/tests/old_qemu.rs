@@ -4,6 +4,7 @@
 //! A part of `make test-full`: `scripts/setup-qemu72.sh` unpacks the old QEMU.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -21,12 +22,13 @@ use wire::qemu::{Event, StreamScanner};
 fn old(machine: MachineKind, backend: MemoryBackend, mib: u64) -> Option<QemuSpec> {
     let program = lab::assets_dir().join("qemu72/qemu-system-x86_64");
     if std::env::var_os("VMSTATE_TEST_FULL").is_none() {
-        eprintln!("skipped: QEMU 7.2 is a part of make test-full (VMSTATE_TEST_FULL is not set)");
-        return None;
+        return skipped("it is a part of make test-full (VMSTATE_TEST_FULL is not set)");
     }
     if !program.exists() {
-        eprintln!("skipped: no QEMU 7.2 at {}; scripts/setup-qemu72.sh unpacks it", program.display());
-        return None;
+        return skipped(&format!(
+            "there is none at {}; scripts/setup-qemu72.sh unpacks it",
+            program.display()
+        ));
     }
     let version = match machine {
         MachineKind::Q35 => "pc-q35-7.2",
@@ -45,6 +47,12 @@ fn old(machine: MachineKind, backend: MemoryBackend, mib: u64) -> Option<QemuSpe
         guest: Some(Guest::new(guest)),
         ..QemuSpec::new(machine, mib << 20)
     })
+}
+
+/// Says so past the test harness, which keeps what a test that passes prints.
+fn skipped(why: &str) -> Option<QemuSpec> {
+    std::io::stderr().write_all(format!("skipped: QEMU 7.2: {why}\n").as_bytes()).unwrap();
+    None
 }
 
 fn images() -> tempfile::TempDir {

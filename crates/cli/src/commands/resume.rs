@@ -38,7 +38,7 @@ fn in_words(report: &ResumeReport) -> String {
     let settings: Vec<_> =
         cleared.capabilities.iter().chain(&cleared.parameters).map(String::as_str).collect();
     if !settings.is_empty() {
-        done.push(format!("{} put back", settings.join(", ")));
+        done.push(format!("settings put back ({})", settings.join(", ")));
     }
     if report.resumed {
         done.push("the guest resumed".to_owned());

@@ -62,6 +62,17 @@ impl Held {
         }
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Kills it where it is held, as nobody may handle: SIGKILL.
+    pub fn kill(mut self) -> ExitStatus {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap()
+    }
+
     fn is_cancelled(&self) -> bool {
         let entries = std::fs::read_dir(format!("/proc/{}/fdinfo", self.child.id())).unwrap();
         let infos: Vec<_> = entries

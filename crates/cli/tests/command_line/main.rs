@@ -9,6 +9,7 @@ mod answers;
 #[allow(missing_docs, unreachable_pub)]
 mod footprint;
 mod held;
+mod killed;
 mod monitors;
 mod signals;
 
