@@ -172,6 +172,11 @@ impl Outflow {
         &self.path
     }
 
+    /// The descriptor once more, without what waits in the buffer.
+    pub(crate) fn try_clone_file(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
     /// How many bytes were given so far, those in the buffer included.
     pub fn position(&self) -> u64 {
         self.written + self.buffer.len() as u64

@@ -217,6 +217,20 @@ impl Target {
         }
     }
 
+    /// The target to be written from front to back.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn outflow(&self, cancel: &Cancel) -> Result<Outflow, DraftError> {
+        let opened = match self {
+            Target::Draft(Draft { buffered: file, .. }) => file.try_clone(),
+            Target::Place(place) => place.buffered().try_clone(),
+            Target::Outflow(outflow) => outflow.try_clone_file(),
+        };
+        let fail = |source| DraftError::Io { path: self.path().to_owned(), step: DraftStep::Reopen, source };
+        opened.and_then(|file| Outflow::over(file, self.path(), cancel)).map_err(fail)
+    }
+
     /// The target as lanes want it, on duplicates of its descriptors.
     ///
     /// # Errors

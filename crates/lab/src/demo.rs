@@ -187,6 +187,7 @@ fn restore(
     let mut serial = Serial::open(&home.join("serial.log"), &home.join("stderr.log")).map_err(lab)?;
     let settings = RestoreSettings {
         image: image.to_owned(),
+        offset: 0,
         target: Target::Launch { command, log: None, foreground: false },
         channels: None,
         direct_io: DirectIo::Auto,

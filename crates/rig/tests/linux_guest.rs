@@ -65,6 +65,7 @@ fn check(machine: MachineKind, backend: MemoryBackend) {
     let mut third = QemuSpec { incoming: Incoming::Defer, ..spec }.start().unwrap();
     let settings = RestoreSettings {
         image: theirs,
+        offset: 0,
         target: Target::Waiting(QmpAddress::Unix(third.qmp_path())),
         channels: Some(3),
         direct_io: DirectIo::Auto,

@@ -158,6 +158,7 @@ fn spec_of(spec: &QemuSpec, backend: MemoryBackend) -> QemuSpec {
 fn restore(qemu: &Qemu, image: &Path) -> RestoreReport {
     let settings = RestoreSettings {
         image: image.to_owned(),
+        offset: 0,
         target: Target::Waiting(QmpAddress::Unix(qemu.qmp_path())),
         via: Via::Auto,
         channels: None,

@@ -40,6 +40,7 @@ fn waiting(saved: &Saved, backend: MemoryBackend) -> Qemu {
 fn restore(image: &Path, target: &Qemu, via: Via, direct_io: DirectIo) -> Result<RestoreReport> {
     let settings = RestoreSettings {
         image: image.to_owned(),
+        offset: 0,
         target: Target::Waiting(QmpAddress::Unix(target.qmp_path())),
         via,
         channels: Some(3),

@@ -143,11 +143,20 @@ impl From<io::DraftError> for Error {
             }
             E::NotAFile { .. } => Error::new(Kind::Misuse, error.to_string()).hint(NAME_HINT),
             E::Unsupported { .. } => Error::new(Kind::Unsupported, error.to_string()).hint(NAME_HINT),
+            E::Occupied { .. } => Error::new(Kind::Misuse, error.to_string())
+                .hint("give --overwrite if what is there may go, or another place"),
+            E::TooSmall { .. } => {
+                Error::new(Kind::Misuse, error.to_string()).hint("give a larger one, or save to a file")
+            }
+            E::NotForThis { .. } => Error::new(Kind::Misuse, error.to_string()),
             E::NoDirectIo { .. } => Error::new(Kind::Unsupported, error.to_string())
                 .hint("leave --direct-io at auto, or save to a file system that has it"),
             E::Io { .. } => {
                 let clause = error.to_string();
                 match error {
+                    E::Io { source, .. } if source.kind() == std::io::ErrorKind::Interrupted => {
+                        Error::interrupted()
+                    }
                     E::Io { step, source, .. } => {
                         let hint = target_hint(step, source.kind());
                         let error = Error::io(clause, source);
@@ -174,6 +183,17 @@ impl From<io::LaneError> for Error {
     }
 }
 
+impl From<io::OutflowError> for Error {
+    fn from(error: io::OutflowError) -> Error {
+        if matches!(error, io::OutflowError::Cancelled) {
+            return Error::interrupted();
+        }
+        let full = system_error(&error).is_some_and(is_full);
+        let error = Error::new(Kind::Io, "the stream could not be written").because(error);
+        if full { error.hint(FULL_HINT) } else { error }
+    }
+}
+
 const NAME_HINT: &str = "give the name of a file that is not there yet";
 
 /// What mends a target that cannot be made.
@@ -184,6 +204,12 @@ fn target_hint(step: io::DraftStep, kind: std::io::ErrorKind) -> Option<&'static
             Some("create the directory first, or save to another one")
         }
         (_, ReadOnlyFilesystem) => Some("save to a file system that can be written"),
+        (io::DraftStep::SetOwner, PermissionDenied) => {
+            Some("only root gives files away: run vmstate as root")
+        }
+        (io::DraftStep::Open, std::io::ErrorKind::ResourceBusy) => {
+            Some("it is mounted or used otherwise: give one that is not")
+        }
         (_, PermissionDenied) => Some("save to a directory that you may write, or run vmstate as root"),
         _ => None,
     }

@@ -23,8 +23,9 @@ pub mod sink;
 pub mod source;
 
 pub use error::{Error, Kind, Result};
-pub use io::Cancel;
+pub use io::{Cancel, Owner};
 pub use job::{
-    DirectIo, Observer, Phases, Record, RestoreReport, RestoreSettings, ResumeReport, ResumeSettings,
-    SaveReport, SaveSettings, Target, Then, Unobserved, Via, check, info, restore, resume, save,
+    DirectIo, Observer, Phases, Record, Rehearsal, RestoreReport, RestoreSettings, ResumeReport,
+    ResumeSettings, SaveFormat, SaveReport, SaveSettings, Target, Then, Unobserved, Via, check, check_at,
+    info, info_at, rehearse, restore, resume, save,
 };

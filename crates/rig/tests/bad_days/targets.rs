@@ -18,6 +18,7 @@ use crate::{booted, images, names_in, save_to, says, small, told};
 fn settings(image: &Path, target: Target) -> RestoreSettings {
     RestoreSettings {
         image: image.to_owned(),
+        offset: 0,
         target,
         channels: None,
         direct_io: DirectIo::Auto,

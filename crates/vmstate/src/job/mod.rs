@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 pub use inspect::{BlockSummary, Check, ImageInfo, SectionSummary, check, check_at, info, info_at};
 pub use restore::{Record, RestoreReport, RestoreSettings, Target, restore};
 pub use resume::{ResumeReport, ResumeSettings, resume};
-pub use save::{SaveReport, SaveSettings, Then, save};
+pub use save::{Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, rehearse, save};
 
 /// Who carries the RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

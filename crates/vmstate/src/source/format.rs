@@ -7,6 +7,7 @@ use std::path::Path;
 use wire::DecodeError;
 use wire::qemu::decode_preamble;
 
+use super::Bounds;
 use super::mapped_ram::faulty;
 use crate::{Error, Kind, Result};
 
@@ -33,26 +34,23 @@ impl Format {
         }
     }
 
-    /// The format of an open file.
+    /// The format of an open file from the offset `start` on.
     ///
     /// # Errors
     /// [`Kind::Damaged`] where it is no image; [`Kind::Unsupported`] for formats that are known but not
     /// read; [`Kind::Misuse`] for what is no file.
-    pub fn of(file: &File, path: &Path) -> Result<Format> {
+    pub fn of(file: &File, path: &Path, start: u64) -> Result<Format> {
         let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
-        let metadata = file.metadata().map_err(cannot)?;
-        if !metadata.is_file() {
-            return Err(Error::new(Kind::Misuse, format!("{} is not a regular file", path.display())));
-        }
-        let len = metadata.len().min(HEAD_LEN) as usize;
-        let mut head = vec![0; len];
-        file.read_exact_at(&mut head, 0).map_err(cannot)?;
+        let bounds = Bounds::of(file, path, start)?;
+        let mut head = vec![0; bounds.len().min(HEAD_LEN) as usize];
+        file.read_exact_at(&mut head, start).map_err(cannot)?;
         if LIBVIRT_MAGICS.iter().any(|magic| head.starts_with(magic)) {
             let clause = format!("{} is a save image of libvirt, which is not read yet", path.display());
             return Err(Error::new(Kind::Unsupported, clause));
         }
-        let (preamble, _) =
-            decode_preamble(&head, 0).map_err(DecodeError::at_end).map_err(|fault| faulty(path, fault))?;
+        let (preamble, _) = decode_preamble(&head, start)
+            .map_err(DecodeError::at_end)
+            .map_err(|fault| faulty(path, fault))?;
         let is_mapped = preamble.configuration.is_some_and(|configuration| configuration.is_mapped_ram());
         Ok(if is_mapped { Format::MappedRam } else { Format::Stream })
     }

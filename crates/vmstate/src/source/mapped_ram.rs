@@ -12,7 +12,7 @@ use wire::qemu::vmdesc::{self, VmDescription};
 use wire::qemu::{DeviceState, global_state};
 use wire::{Fault, FaultKind, FileRange};
 
-use super::FileExtents;
+use super::{Bounds, FileExtents};
 use crate::manifest::Manifest;
 use crate::{Error, Kind, Result};
 
@@ -64,17 +64,18 @@ impl MappedRamFile {
     pub fn open(path: &Path) -> Result<MappedRamFile> {
         let file =
             File::open(path).map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
-        MappedRamFile::from_file(file, path)
+        MappedRamFile::from_file(file, path, 0)
     }
 
-    /// Reads the metadata of an image that is open; `path` is for messages.
+    /// Reads the metadata of an image that is open and starts at the offset `start` of its file or device;
+    /// `path` is for messages.
     ///
     /// # Errors
     /// As [`MappedRamFile::open`].
-    pub fn from_file(file: File, path: &Path) -> Result<MappedRamFile> {
+    pub fn from_file(file: File, path: &Path, start: u64) -> Result<MappedRamFile> {
         let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
-        let len = file.metadata().map_err(cannot)?.len();
-        let mut decoder = LayoutDecoder::new(0, len);
+        let bounds = Bounds::of(&file, path, start)?.of_mapped_ram(&file).map_err(cannot)?;
+        let mut decoder = LayoutDecoder::new(bounds.start, bounds.end);
         let mut bytes = Vec::new();
         let layout = loop {
             match decoder.step().map_err(|fault| faulty(path, fault))? {

@@ -4,11 +4,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use page::PageSize;
+use page::{PageIndex, PageSize};
 use wire::qemu::{BlockEntry, Event, Preamble, StreamScanner};
 use wire::{FileRange, Report};
 
-use super::mapped_ram::faulty;
+use super::Bounds;
 use crate::{Error, Result};
 
 /// How much is read at once.
@@ -41,14 +41,24 @@ pub struct StreamContents {
     pub report: Report,
 }
 
-/// Scans a stream and lists every fault of its RAM part.
+/// Scans a stream that starts at the offset `start` of its file and lists every fault of its RAM part.
 ///
 /// # Errors
 /// Only of the operating system; what is wrong with the stream is in the report.
-pub fn scan_stream(file: &File, path: &Path) -> Result<StreamContents> {
+pub fn scan_stream(file: &File, path: &Path, start: u64) -> Result<StreamContents> {
+    scan_pages(file, path, start, |_, _| {})
+}
+
+/// As [`scan_stream`], and hands every page to `on_page`: its block's place in the list, and itself.
+pub(super) fn scan_pages(
+    file: &File,
+    path: &Path,
+    start: u64,
+    mut on_page: impl FnMut(usize, PageIndex),
+) -> Result<StreamContents> {
     let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
-    let len = file.metadata().map_err(cannot)?.len();
-    let mut scanner = StreamScanner::surveying(0, PageSize::X86);
+    let Bounds { end: len, .. } = Bounds::of(file, path, start)?;
+    let mut scanner = StreamScanner::surveying(start, PageSize::X86);
     let mut contents = StreamContents {
         preamble: None,
         page_size: PageSize::X86,
@@ -56,11 +66,11 @@ pub fn scan_stream(file: &File, path: &Path) -> Result<StreamContents> {
         tail: None,
         report: Report::default(),
     };
-    let mut window = vec![0; WINDOW.min(len as usize)];
-    let mut at = 0;
+    let mut window = vec![0; WINDOW.min(usize::try_from(len - start).unwrap_or(WINDOW))];
+    let mut at = start;
     let mut tail = None;
     while at < len && tail.is_none() {
-        let read = ((len - at) as usize).min(WINDOW);
+        let read = window.len().min(usize::try_from(len - at).unwrap_or(WINDOW));
         file.read_exact_at(&mut window[..read], at).map_err(cannot)?;
         let fed = scanner.feed(&window[..read], |event| {
             match event {
@@ -74,10 +84,12 @@ pub fn scan_stream(file: &File, path: &Path) -> Result<StreamContents> {
                     let block = |entry| StreamBlock { entry, pages: 0, zero_pages: 0 };
                     contents.blocks = setup.blocks.into_iter().map(block).collect();
                 }
-                Event::Page { block, .. } => {
+                Event::Page { block, offset, .. } => {
+                    on_page(block, PageIndex(offset >> contents.page_size.shift()));
                     contents.blocks.get_mut(block).into_iter().for_each(|block| block.pages += 1);
                 }
-                Event::Zero { block, .. } => {
+                Event::Zero { block, offset } => {
+                    on_page(block, PageIndex(offset >> contents.page_size.shift()));
                     contents.blocks.get_mut(block).into_iter().for_each(|block| block.zero_pages += 1);
                 }
                 Event::DeviceState { at, .. } => tail = Some(at),
@@ -100,17 +112,4 @@ pub fn scan_stream(file: &File, path: &Path) -> Result<StreamContents> {
     }
     contents.tail = tail.map(|tail| FileRange::new(tail.min(len), len));
     Ok(contents)
-}
-
-/// As [`scan_stream`], but the first fault is an error.
-///
-/// # Errors
-/// [`Kind::Damaged`](crate::Kind::Damaged) and [`Kind::Unsupported`](crate::Kind::Unsupported), with file,
-/// offset and field.
-pub fn read_stream(file: &File, path: &Path) -> Result<StreamContents> {
-    let contents = scan_stream(file, path)?;
-    match contents.report.faults.first() {
-        Some(fault) => Err(faulty(path, fault.clone())),
-        None => Ok(contents),
-    }
 }

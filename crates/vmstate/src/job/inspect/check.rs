@@ -9,7 +9,7 @@ use wire::mapped_ram::{BitmapScanner, BlockPlacement};
 use wire::qemu::survey;
 use wire::{Fault, FileRange, Report};
 
-use crate::source::{FileExtents, Format, scan_stream};
+use crate::source::{Bounds, FileExtents, Format, scan_stream};
 use crate::{Error, Result};
 
 /// How much of a bitmap is read at once.
@@ -33,21 +33,29 @@ pub struct Check {
 /// # Errors
 /// Where the file cannot be read, or is no image at all.
 pub fn check(path: &Path) -> Result<Check> {
+    check_at(path, 0)
+}
+
+/// As [`check`], for an image that starts at the offset `start` of its file or device.
+///
+/// # Errors
+/// As there.
+pub fn check_at(path: &Path, start: u64) -> Result<Check> {
     let file =
         File::open(path).map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
-    let format = Format::of(&file, path)?;
+    let format = Format::of(&file, path, start)?;
     let mut report = match format {
-        Format::MappedRam => mapped_ram(&file, path)?,
-        Format::Stream => stream(&file, path)?,
+        Format::MappedRam => mapped_ram(&file, path, start)?,
+        Format::Stream => stream(&file, path, start)?,
     };
     report.faults.sort_by_key(|fault| fault.offset);
     Ok(Check { format, report })
 }
 
-fn mapped_ram(file: &File, path: &Path) -> Result<Report> {
+fn mapped_ram(file: &File, path: &Path, start: u64) -> Result<Report> {
     let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
-    let len = file.metadata().map_err(cannot)?.len();
-    let mut survey = LayoutSurvey::new(0, len);
+    let Bounds { end: len, .. } = Bounds::of(file, path, start)?.of_mapped_ram(file).map_err(cannot)?;
+    let mut survey = LayoutSurvey::new(start, len);
     let mut bytes = Vec::new();
     while let SurveyStep::Need { offset, len } = survey.step() {
         bytes.resize(len, 0);
@@ -96,8 +104,8 @@ fn bitmap(file: &File, block: &BlockPlacement, file_len: u64) -> std::io::Result
     Ok(None)
 }
 
-fn stream(file: &File, path: &Path) -> Result<Report> {
-    let contents = scan_stream(file, path)?;
+fn stream(file: &File, path: &Path, start: u64) -> Result<Report> {
+    let contents = scan_stream(file, path, start)?;
     let mut report = contents.report;
     if let Some(tail) = contents.tail {
         device_state(file, tail, &mut report)

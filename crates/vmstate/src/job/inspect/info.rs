@@ -1,18 +1,15 @@
 //! What an image holds.
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde::Serialize;
-use wire::qemu::{Configuration, DeviceState, global_state, split_sections, vmdesc};
+use wire::qemu::{Configuration, DeviceState, vmdesc};
 
 use crate::manifest::Manifest;
-use crate::source::{BlockUse, Format, MappedRamFile, faulty, read_stream};
-use crate::{Error, Kind, Result};
-
-/// The most device state that is read into memory.
-const TAIL_LEN_MAX: u64 = 1 << 30;
+use crate::source::{BlockUse, Bounds, Format, MappedRamFile, StreamFile};
+use crate::{Error, Result};
 
 /// What an image holds. The fields are the keys of `vmstate info --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -29,7 +26,7 @@ pub struct ImageInfo {
     pub run_state: Option<String>,
     /// What vmstate noted when it saved the image; `None` for images by others.
     pub saved: Option<Manifest>,
-    /// The length of the file.
+    /// The length of the file, or of the device.
     pub file_bytes: u64,
     /// What the file takes on the disk.
     pub disk_bytes: u64,
@@ -91,16 +88,24 @@ pub struct SectionSummary {
 /// # Errors
 /// [`Kind::Damaged`] at the first fault, with file, offset and field; [`Kind::Unsupported`]; [`Kind::Io`].
 pub fn info(path: &Path) -> Result<ImageInfo> {
+    info_at(path, 0)
+}
+
+/// As [`info`], for an image that starts at the offset `start` of its file or device.
+///
+/// # Errors
+/// As there.
+pub fn info_at(path: &Path, start: u64) -> Result<ImageInfo> {
     let file =
         File::open(path).map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
-    match Format::of(&file, path)? {
-        Format::MappedRam => mapped_ram(file, path),
-        Format::Stream => stream(&file, path),
+    match Format::of(&file, path, start)? {
+        Format::MappedRam => mapped_ram(file, path, start),
+        Format::Stream => stream(file, path, start),
     }
 }
 
-fn mapped_ram(file: File, path: &Path) -> Result<ImageInfo> {
-    let image = MappedRamFile::from_file(file, path)?;
+fn mapped_ram(file: File, path: &Path, start: u64) -> Result<ImageInfo> {
+    let image = MappedRamFile::from_file(file, path, start)?;
     let layout = image.layout();
     let blocks: Vec<BlockSummary> = image
         .block_use()?
@@ -126,11 +131,12 @@ fn mapped_ram(file: File, path: &Path) -> Result<ImageInfo> {
         device_bytes: layout.device_state.len(),
         devices: &devices,
     };
-    facts.summary(image.file(), path)
+    facts.summary(image.file(), path, start)
 }
 
-fn stream(file: &File, path: &Path) -> Result<ImageInfo> {
-    let contents = read_stream(file, path)?;
+fn stream(file: File, path: &Path, start: u64) -> Result<ImageInfo> {
+    let image = StreamFile::read(&file, path, start)?;
+    let contents = image.contents();
     let page = contents.page_size.bytes();
     let blocks: Vec<BlockSummary> = contents
         .blocks
@@ -148,39 +154,19 @@ fn stream(file: &File, path: &Path) -> Result<ImageInfo> {
             }
         })
         .collect();
-    let tail = contents.tail.ok_or_else(|| {
-        Error::new(Kind::Damaged, format!("{}: the stream has no device state", path.display()))
-    })?;
-    if tail.len() > TAIL_LEN_MAX {
-        let clause = format!("{}: {:#x} bytes of device state", path.display(), tail.len());
-        return Err(Error::new(Kind::Unsupported, clause));
-    }
-    let mut blob = vec![0; tail.len() as usize];
-    file.read_exact_at(&mut blob, tail.start)
-        .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
-    let faulty = |fault| faulty(path, fault);
-    let devices = split_sections(&blob, tail.start).map_err(faulty)?;
-    let part = |range: wire::FileRange| {
-        blob.get((range.start - tail.start) as usize..(range.end - tail.start) as usize).unwrap_or_default()
-    };
-    let run_state = devices.section(global_state::GLOBAL_STATE_SECTION, 0).map(|s| part(s.payload));
-    let run_state = run_state.map(global_state::run_state).transpose().map_err(faulty)?;
-    let json = devices.vmdesc.map(|range| (range.start + 5, part(range).get(5..).unwrap_or_default()));
-    let description = match json {
-        Some((at, json)) if !json.is_empty() => Some(vmdesc::parse(json, at).map_err(faulty)?),
-        _ => None,
-    };
+    let devices = image.devices();
+    let description = image.vmdescription()?;
     let facts = Facts {
         format: Format::Stream,
         page_size: page,
         configuration: contents.preamble.as_ref().and_then(|preamble| preamble.configuration.as_ref()),
         blocks,
-        run_state: run_state.map(str::to_owned),
+        run_state: image.run_state()?.map(str::to_owned),
         description: description.as_ref(),
-        device_bytes: devices.eof_at - tail.start + 1,
-        devices: &devices,
+        device_bytes: devices.eof_at - image.tail().start + 1,
+        devices,
     };
-    facts.summary(file, path)
+    facts.summary(&file, path, start)
 }
 
 /// What both formats tell, each in its own way.
@@ -196,9 +182,10 @@ struct Facts<'a> {
 }
 
 impl Facts<'_> {
-    fn summary(self, file: &File, path: &Path) -> Result<ImageInfo> {
+    fn summary(self, file: &File, path: &Path, start: u64) -> Result<ImageInfo> {
         let metadata =
             file.metadata().map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
+        let bounds = Bounds::of(file, path, start)?;
         let sum = |field: fn(&BlockSummary) -> u64| {
             self.blocks.iter().map(field).fold(0, |sum: u64, bytes| sum.saturating_add(bytes))
         };
@@ -215,8 +202,9 @@ impl Facts<'_> {
             page_size: self.page_size,
             run_state: self.run_state,
             saved: manifest.and_then(|value| serde_json::from_value(value).ok()),
-            file_bytes: metadata.len(),
-            disk_bytes: metadata.blocks() * 512,
+            file_bytes: bounds.end,
+            // A device takes all of itself.
+            disk_bytes: if bounds.is_device { bounds.end } else { metadata.blocks() * 512 },
             ram_bytes: sum(|block| block.ram_bytes),
             data_bytes: sum(|block| block.data_bytes),
             zero_bytes: sum(|block| block.zero_bytes),

@@ -3,5 +3,5 @@
 mod check;
 mod info;
 
-pub use check::{Check, check};
-pub use info::{BlockSummary, ImageInfo, SectionSummary, info};
+pub use check::{Check, check, check_at};
+pub use info::{BlockSummary, ImageInfo, SectionSummary, info, info_at};

@@ -23,7 +23,7 @@ const CHUNK: u64 = 1 << 20;
 /// firmware's ROMs are. Of larger ones it is verified afterwards.
 const ZEROED_LEN_MAX: u64 = 16 << 20;
 /// The first QEMU whose `migrate-incoming` can be told not to exit when the load fails.
-const EXIT_ON_ERROR_SINCE: (u32, u32) = (9, 1);
+pub(super) const EXIT_ON_ERROR_SINCE: (u32, u32) = (9, 1);
 
 /// Has QEMU load the guest from a stream of ours.
 ///

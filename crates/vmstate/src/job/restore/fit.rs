@@ -8,7 +8,7 @@ use wire::qemu::decode_xen_device_state;
 use crate::job::Observer;
 use crate::manifest::{Disk, FileState, Manifest};
 use crate::qemu::{self, Session};
-use crate::source::MappedRamFile;
+use crate::source::Image;
 use crate::{Error, Kind, Result};
 
 /// Compares an image with the target that is to take it: machine, RAM blocks, devices, disks.
@@ -17,7 +17,7 @@ use crate::{Error, Kind, Result};
 /// [`Kind::Incompatible`], naming both sides and what mends it. With `force` only machine and RAM blocks
 /// count, without which nothing can be restored at all; the rest are warnings then.
 pub(super) fn compare(
-    image: &MappedRamFile,
+    image: &Image,
     session: &mut Session,
     pid: Option<u32>,
     force: bool,
@@ -42,8 +42,8 @@ fn incompatible(clause: String, hint: impl Into<String>) -> Error {
     Error::new(Kind::Incompatible, clause).hint(hint)
 }
 
-fn machine(image: &MappedRamFile, session: &mut Session) -> Result<()> {
-    let Some(configuration) = &image.layout().preamble.configuration else { return Ok(()) };
+fn machine(image: &Image, session: &mut Session) -> Result<()> {
+    let Some(configuration) = image.configuration() else { return Ok(()) };
     let class = session.client.qom_string("/machine", "type")?;
     let machine = class.strip_suffix("-machine").unwrap_or(&class);
     if configuration.machine == machine {
@@ -56,10 +56,10 @@ fn machine(image: &MappedRamFile, session: &mut Session) -> Result<()> {
 }
 
 /// QEMU takes an image of 64 MiB into a guest of 128 MiB without a word.
-fn blocks(image: &MappedRamFile, session: &mut Session) -> Result<()> {
-    let layout = image.layout();
+fn blocks(image: &Image, session: &mut Session) -> Result<()> {
+    let blocks = image.blocks();
     let targets = qemu::host_blocks(&mut session.client)?;
-    for block in &layout.blocks {
+    for block in &blocks {
         let name = block.name.as_str();
         let Some(target) = targets.iter().find(|target| target.name == name) else {
             return Err(incompatible(
@@ -67,9 +67,9 @@ fn blocks(image: &MappedRamFile, session: &mut Session) -> Result<()> {
                 "start the target with the devices and memory backends that the guest was saved with",
             ));
         };
-        let (has, wants) = (target.used_length, block.used_length);
+        let (has, wants) = (target.used_length, block.length);
         if has != wants {
-            let is_main = layout.blocks.iter().all(|other| other.used_length <= wants);
+            let is_main = blocks.iter().all(|other| other.length <= wants);
             return Err(incompatible(
                 format!("target has {has:#x} bytes for `{name}`, image has {wants:#x}"),
                 match is_main {
@@ -85,7 +85,7 @@ fn blocks(image: &MappedRamFile, session: &mut Session) -> Result<()> {
 /// Compares the device sections with those that the target would write now, fresh as it is. QEMU fails in
 /// mid-load where it lacks one, and says nothing of one that the image lacks: such a device would come up
 /// as after a reset, under a guest that knows nothing of it.
-fn devices(image: &MappedRamFile, session: &mut Session, observer: &dyn Observer) -> Result<Vec<Error>> {
+fn devices(image: &Image, session: &mut Session, observer: &dyn Observer) -> Result<Vec<Error>> {
     if !session.client.passes_descriptors() {
         observer.note("the target's devices could not be compared: its monitor passes no descriptors");
         return Ok(Vec::new());

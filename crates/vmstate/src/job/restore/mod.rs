@@ -23,8 +23,13 @@ use super::{DirectIo, Observer, Phases, Stopwatch, Via};
 use crate::net::QmpAddress;
 use crate::qemu::{self, LaunchSettings, Launched, Session};
 use crate::qmp::MigrationInfo;
-use crate::source::MappedRamFile;
+use crate::source::{Image, MappedRamFile};
 use crate::{Error, Kind, Result};
+
+/// The name under which QEMU receives a stream's file.
+const STREAM: &str = "vmstate-stream";
+/// The first QEMU that takes `file:` addresses of descriptor sets.
+const FILE_SINCE: (u32, u32) = (8, 2);
 
 /// The state of the guest after a restore, or the one recorded for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +63,8 @@ pub enum Target {
 pub struct RestoreSettings {
     /// The image.
     pub image: PathBuf,
+    /// The offset in its file or device at which it starts.
+    pub offset: u64,
     /// The QEMU.
     pub target: Target,
     /// Who carries the RAM.
@@ -134,14 +141,18 @@ pub fn restore(
     // The very file that QEMU gets, whatever its name stands for by then, but with a position of its own:
     // QEMU starts to read where its descriptor stands.
     let own = format!("/proc/self/fd/{}", pair.buffered.as_raw_fd());
-    let image = MappedRamFile::from_file(File::open(own).map_err(cannot_open)?, &settings.image)?;
-    image.verify()?;
-    let summary = image.summary()?;
+    let file = File::open(own).map_err(cannot_open)?;
+    let image = Image::from_file(file, &settings.image, settings.offset)?;
+    let data_bytes = image.data_bytes()?;
+    if matches!(image, Image::Stream(_)) {
+        refuse_for_stream(settings)?;
+        pair.direct = None;
+    }
     if let io::DirectIo::Unsupported { reason } = &pair.direct_io {
         observer.note(&format!("no direct I/O: {reason}"));
     }
     if settings.direct_io == DirectIo::Auto {
-        prefer_cache(&mut pair, summary.data_bytes, observer);
+        prefer_cache(&mut pair, data_bytes, observer);
     }
 
     watch.phase("start");
@@ -201,7 +212,7 @@ pub fn restore(
         first_instruction: running_at.duration_since(started),
         first_instruction_from_ready: running_at.duration_since(ready),
         resident: running_at.duration_since(started),
-        read_bytes: summary.data_bytes,
+        read_bytes: data_bytes,
         phases,
         foreground,
     })
@@ -219,7 +230,7 @@ struct Loaded {
 /// to the state wanted.
 fn load(
     settings: &RestoreSettings,
-    image: &MappedRamFile,
+    image: &Image,
     pair: &ReadPair,
     launched: Option<&Launched>,
     session: &mut Session,
@@ -231,7 +242,10 @@ fn load(
     watch.phase("compare");
     require_waiting(session)?;
     fit::compare(image, session, pid, settings.force, watch.observer)?;
-    let (way, reason) = choose(settings, image, pid, session)?;
+    let (way, reason) = match image {
+        Image::MappedRam(image) => choose(settings, image, pid, session)?,
+        Image::Stream(_) => (Way::Stream, None),
+    };
     let via = way.via();
     match &reason {
         Some(reason) => watch.observer.note(&format!("via {}: {reason}", via.name())),
@@ -241,13 +255,14 @@ fn load(
     watch.phase("load");
     let channels = settings.channels.unwrap_or_else(default_channels);
     match way {
-        Way::Qemu => by_qemu(pair, channels, session)?,
-        Way::Direct(filling) => {
+        Way::Qemu => by_qemu(pair, settings.offset, channels, session)?,
+        Way::Stream => by_stream(pair, settings.offset, session)?,
+        Way::Direct(image, filling) => {
             prepare_plain(session)?;
             filling.fill(image, pair, usize::from(channels), &Arc::new(Counters::default()), cancel)?;
             feed::feed(image, &filling, session)?;
         }
-        Way::Socket => {
+        Way::Socket(image) => {
             prepare_plain(session)?;
             feed::feed(image, &Filling::none(image), session)?;
         }
@@ -277,40 +292,42 @@ fn load(
 }
 
 /// The ways for RAM into a target.
-enum Way {
+enum Way<'a> {
     /// QEMU reads the image itself.
     Qemu,
+    /// QEMU reads the image itself, which is a stream.
+    Stream,
     /// Shared memory is filled through the lanes, the rest goes through a stream.
-    Direct(Filling),
+    Direct(&'a MappedRamFile, Filling),
     /// Everything goes through a stream.
-    Socket,
+    Socket(&'a MappedRamFile),
 }
 
-impl Way {
+impl Way<'_> {
     fn via(&self) -> Via {
         match self {
-            Way::Qemu => Via::Qemu,
-            Way::Direct(_) => Via::Direct,
-            Way::Socket => Via::Socket,
+            Way::Qemu | Way::Stream => Via::Qemu,
+            Way::Direct(..) => Via::Direct,
+            Way::Socket(_) => Via::Socket,
         }
     }
 }
 
 /// Chooses the way. Shared memory is filled faster from outside than by QEMU; private memory is not, since
 /// only its own process can write it without a copy more; and a QEMU without mapped-ram is fed.
-fn choose(
+fn choose<'a>(
     settings: &RestoreSettings,
-    image: &MappedRamFile,
+    image: &'a MappedRamFile,
     pid: Option<u32>,
     session: &mut Session,
-) -> Result<(Way, Option<String>)> {
+) -> Result<(Way<'a>, Option<String>)> {
     let direct = match settings.via {
         Via::Qemu => return Ok((Way::Qemu, None)),
-        Via::Socket => return Ok((Way::Socket, None)),
+        Via::Socket => return Ok((Way::Socket(image), None)),
         Via::Direct | Via::Auto => Filling::prepare(image, session, pid),
     };
     let reason = match direct {
-        Ok(filling) => return Ok((Way::Direct(filling), None)),
+        Ok(filling) => return Ok((Way::Direct(image, filling), None)),
         Err(error) if settings.via == Via::Auto && error.kind() == Kind::Unsupported => error.chain(),
         Err(error) => return Err(error),
     };
@@ -321,11 +338,11 @@ fn choose(
         return Ok((Way::Qemu, Some(reason)));
     }
     let reason = format!("QEMU {} reads no mapped-ram image from descriptors; {reason}", session.version);
-    Ok((Way::Socket, Some(reason)))
+    Ok((Way::Socket(image), Some(reason)))
 }
 
 /// Has QEMU load the image in parallel.
-fn by_qemu(pair: &ReadPair, channels: u16, session: &mut Session) -> Result<()> {
+fn by_qemu(pair: &ReadPair, offset: u64, channels: u16, session: &mut Session) -> Result<()> {
     session
         .configure(
             &[MAPPED_RAM, "multifd"],
@@ -348,7 +365,7 @@ fn by_qemu(pair: &ReadPair, channels: u16, session: &mut Session) -> Result<()> 
     let fdset = session.add_fdset(&fds)?;
     session.client.execute(
         "migrate-incoming",
-        json!({ "uri": format!("file:/dev/fdset/{fdset},offset=0"), "exit-on-error": false }),
+        json!({ "uri": format!("file:/dev/fdset/{fdset},offset={offset}"), "exit-on-error": false }),
     )?;
     // Unlike an outgoing migration this one cannot be cancelled; a QEMU of ours is ended instead.
     let end = session.migration_end(None)?;
@@ -356,6 +373,47 @@ fn by_qemu(pair: &ReadPair, channels: u16, session: &mut Session) -> Result<()> 
         return Err(load_failed(&end));
     }
     session.remove_fdset(fdset)
+}
+
+/// Has QEMU load a stream by itself. It reads where the descriptor stands; nobody else reads by this one.
+fn by_stream(pair: &ReadPair, offset: u64, session: &mut Session) -> Result<()> {
+    prepare_plain(session)?;
+    rustix::fs::seek(&pair.buffered, rustix::fs::SeekFrom::Start(offset))
+        .map_err(|error| Error::io("cannot go to the offset of the image", error))?;
+    let mut uri = format!("fd:{STREAM}");
+    let fdset = if (session.version.major, session.version.minor) >= FILE_SINCE {
+        // The address for files is not given up as that for descriptors is.
+        let fdset = session.add_fdset(&[pair.buffered.as_fd()])?;
+        uri = format!("file:/dev/fdset/{fdset},offset={offset}");
+        Some(fdset)
+    } else {
+        session.give_fd(STREAM, pair.buffered.as_fd())?;
+        None
+    };
+    let mut arguments = json!({ "uri": uri });
+    if (session.version.major, session.version.minor) >= feed::EXIT_ON_ERROR_SINCE {
+        arguments["exit-on-error"] = false.into();
+    }
+    session.incoming(STREAM, arguments)?;
+    let end = session.migration_end(None)?;
+    if end.status != "completed" {
+        return Err(load_failed(&end));
+    }
+    fdset.map_or(Ok(()), |fdset| session.remove_fdset(fdset))
+}
+
+/// Refuses what there is no way to do with a stream.
+fn refuse_for_stream(settings: &RestoreSettings) -> Result<()> {
+    let refuse = |clause: &str, hint: &str| Err(Error::new(Kind::Unsupported, clause).hint(hint.to_owned()));
+    match (settings.via, settings.direct_io) {
+        (Via::Direct | Via::Socket, _) => {
+            refuse("a stream is loaded by QEMU itself only", "leave --via at auto")
+        }
+        (_, DirectIo::On) => {
+            refuse("a stream is read through the page cache only", "leave --direct-io at auto")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Readies QEMU for a stream without any capability.

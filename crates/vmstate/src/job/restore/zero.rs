@@ -7,7 +7,7 @@ use mem::{BlockAddress, GuestRam};
 use page::{PageIndex, PageRange, PageSet, Window};
 
 use crate::qemu::{self, Session};
-use crate::source::MappedRamFile;
+use crate::source::Image;
 use crate::{Error, Kind, Result};
 
 /// How much of a page run is read at once.
@@ -29,11 +29,7 @@ pub(super) enum Verified {
 ///
 /// # Errors
 /// [`Kind::Incompatible`] where it is not.
-pub(super) fn verify_zero(
-    image: &MappedRamFile,
-    session: &mut Session,
-    pid: Option<u32>,
-) -> Result<Verified> {
+pub(super) fn verify_zero(image: &Image, session: &mut Session, pid: Option<u32>) -> Result<Verified> {
     let peer = match qemu::find_process(session, pid) {
         Ok(peer) => peer,
         Err(error) if error.kind() == Kind::Unsupported => return Ok(Verified::Unseen(error.chain())),
@@ -41,7 +37,7 @@ pub(super) fn verify_zero(
     };
     let targets = qemu::host_blocks(&mut session.client)?;
     let peer = Arc::new(peer);
-    for block in &image.layout().blocks {
+    for (index, block) in image.blocks().iter().enumerate() {
         let name = block.name.as_str();
         let address = targets.iter().find(|target| target.name == name).and_then(|target| target.address);
         let Some(address) = address.filter(|address| *address != 0) else {
@@ -50,7 +46,7 @@ pub(super) fn verify_zero(
         let place = BlockAddress {
             name: name.to_owned(),
             address,
-            length: block.used_length,
+            length: block.length,
             page_size: block.page_size.bytes(),
         };
         // Block by block: one that cannot be reached does not keep the others from being looked at.
@@ -60,7 +56,7 @@ pub(super) fn verify_zero(
                 return Ok(Verified::Unseen(Error::new(Kind::Unsupported, name).because(error).chain()));
             }
         };
-        let pages = image.pages(block)?;
+        let pages = image.pages(index)?;
         let unreadable = |error| Error::io(format!("cannot read the target's `{name}`"), error);
         for window in ram.windows(0).map_err(unreadable)? {
             let window = window.map_err(unreadable)?;

@@ -1,24 +1,23 @@
 //! The direct way: QEMU gives the device state, vmstate takes the RAM from outside and composes the image.
 
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use io::{Cancel, Counters, Draft, LaneSettings, WriteLanes};
+use io::{Cancel, Target};
 use mem::{AttachError, AttachReason, BlockAddress, GuestRam, PeerError};
 use page::PageSize;
 
-use super::{Carried, SaveSettings, Stopwatch, anonymous_memory_bytes};
+use super::writing::Writing;
+use super::{Carried, SaveFormat, SaveSettings, Stopwatch, room};
 use crate::manifest::{GuestFacts, Manifest};
 use crate::qemu::{self, HostBlock, Probe, Probed, Session};
-use crate::sink::{MappedRamComposition, bitmap_pieces};
 use crate::{Error, Kind, Result};
 
 /// Everything that can be found out while the guest still runs.
 pub(super) struct Prepared {
     probe: Probe,
     blocks: Vec<HostBlock>,
-    ram: Arc<GuestRam>,
+    pub(super) ram: Arc<GuestRam>,
     facts: GuestFacts,
 }
 
@@ -91,12 +90,25 @@ fn locate(probe: &Probe, blocks: &[HostBlock], page_size: PageSize) -> Result<Ve
         .collect()
 }
 
-/// Stops the guest and writes everything of it into the draft, all but its name.
+/// Refuses a target without room for this guest, of which `present` bytes are there.
+///
+/// # Errors
+/// As [`room::require`].
+pub(super) fn require_room(
+    prepared: &Prepared,
+    present: u64,
+    target: &Target,
+    format: SaveFormat,
+) -> Result<()> {
+    room::require(&prepared.probe, &prepared.ram, present, target, format)
+}
+
+/// Stops the guest and writes everything of it to the target, all but what makes it an image.
 pub(super) fn carry(
     settings: &SaveSettings,
     session: &mut Session,
     prepared: Prepared,
-    draft: &Draft,
+    (target, format): (&Target, SaveFormat),
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
 ) -> Result<Carried> {
@@ -114,24 +126,11 @@ pub(super) fn carry(
     let devices = qemu::device_state(session)?;
     qemu::stat_disks(&mut facts, Some(ram.peer().pid()));
     let manifest = Manifest::now(&session.version, "direct", &run_state, facts);
-    let composition = MappedRamComposition::new(&probe, devices, &run_state, &manifest)?;
+    let composed = (devices, run_state.as_str(), &manifest);
+    let mut writing = Writing::new(format, settings, target, cancel, &probe, composed)?;
 
     watch.phase("ram");
-    draft.set_len(composition.len())?;
-    let counters = Arc::new(Counters::default());
-    let lanes = WriteLanes::start(
-        draft.lane_target()?,
-        ram.clone(),
-        LaneSettings { lanes: usize::from(settings.channels()), align: draft.direct_io().alignment() },
-        counters.clone(),
-        cancel.clone(),
-    )?;
-    // The presence map is read here, after the device state: a device's handler may have written memory.
-    let dealt = deal(&ram, &composition, &lanes);
-    let memory_bytes = anonymous_memory_bytes();
-    // A lane that failed is the reason why dealing failed, so its error is the one to tell.
-    lanes.finish()?;
-    dealt?;
+    let moved = writing.pages(settings, &ram, cancel)?;
     ram.recheck().map_err(|error| {
         Error::new(Kind::Peer, "QEMU's memory changed its place during the save").because(error)
     })?;
@@ -139,40 +138,15 @@ pub(super) fn carry(
     let read_at = Instant::now();
 
     watch.phase("metadata");
-    let moved = counters.read();
-    let write = |offset, bytes: &[u8]| {
-        let failed = |error| Error::io(format!("cannot write {}", draft.path().display()), error);
-        draft.buffered().write_all_at(bytes, offset).map_err(failed)
-    };
-    for (offset, bytes) in composition.metadata() {
-        write(offset, bytes)?;
-    }
-    for (region, place) in composition.places().enumerate() {
-        for (offset, bytes) in bitmap_pieces(place, &ram.data_pages(region)) {
-            write(offset, &bytes)?;
-        }
-    }
-    let total = composition.ram_bytes();
+    writing.complete(&ram)?;
     Ok(Carried {
         run_state,
-        direct_io: draft.direct().is_some(),
-        data_bytes: moved.bytes_written,
-        zero_bytes: moved.bytes_zero,
-        hole_bytes: total.saturating_sub(moved.bytes_written + moved.bytes_zero),
+        direct_io: target.direct().is_some() && format == SaveFormat::MappedRam,
+        data_bytes: moved.data_bytes,
+        zero_bytes: moved.zero_bytes,
+        hole_bytes: moved.ram_bytes.saturating_sub(moved.data_bytes + moved.zero_bytes),
         stopped_at,
         read_at,
-        memory_bytes,
+        memory_bytes: moved.memory_bytes,
     })
-}
-
-/// Deals every page that is there to the lanes, a window at a time.
-fn deal(ram: &GuestRam, composition: &MappedRamComposition, lanes: &WriteLanes) -> Result<()> {
-    for (region, place) in composition.places().enumerate() {
-        let untold =
-            |error| Error::io(format!("cannot tell which pages of `{}` are there", place.name), error);
-        for window in ram.windows(region).map_err(untold)? {
-            lanes.deal(ram.piece(region, &window.map_err(untold)?, place.pages.start))?;
-        }
-    }
-    Ok(())
 }

@@ -1,17 +1,22 @@
-//! Save: a running guest becomes one mapped-ram image, complete and durable, or nothing at all.
+//! Save: a running guest becomes one image, complete and durable, or nothing at all.
 
 mod direct;
+mod rehearsal;
+mod room;
 mod via_qemu;
+mod writing;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use io::{Cancel, Draft, DraftOptions};
+use io::{Cancel, DraftOptions, Owner, Target, TargetKind};
+
+pub use self::rehearsal::{Rehearsal, rehearse};
 
 use super::{DirectIo, Observer, Phases, Stopwatch, Via, anonymous_memory_bytes};
 use crate::job::Record;
 use crate::net::QmpAddress;
-use crate::qemu::Session;
+use crate::qemu::{self, Session};
 use crate::qmp::{self, RunStatus};
 use crate::{Error, Kind, Result};
 
@@ -29,13 +34,37 @@ pub enum Then {
     Quit,
 }
 
+/// The format of an image to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SaveFormat {
+    /// Pages at fixed offsets: written and read in parallel.
+    MappedRam,
+    /// One record after the other, as QEMU writes it into a pipe: every QEMU reads it.
+    Stream,
+}
+
+impl SaveFormat {
+    /// The name on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            SaveFormat::MappedRam => "mapped-ram",
+            SaveFormat::Stream => "stream",
+        }
+    }
+}
+
 /// What to save, where to, and how.
 #[derive(Clone, Debug)]
 pub struct SaveSettings {
     /// The guest's monitor.
     pub qmp: QmpAddress,
-    /// The image to be.
+    /// The image to be: a file's name, a block device, a FIFO, or `-` for the standard output.
     pub image: PathBuf,
+    /// The format; `None` takes mapped-ram, and a stream for what has no offsets.
+    pub format: Option<SaveFormat>,
+    /// Where in a file that is there the image starts. It is written in place then: what the file has before
+    /// stays, what it has behind is lost, and there is no way back.
+    pub offset: Option<u64>,
     /// Who carries the RAM.
     pub via: Via,
     /// How many channels write; `None` leaves it to vmstate.
@@ -46,12 +75,16 @@ pub struct SaveSettings {
     pub then: Then,
     /// The state that a restore brings the guest to.
     pub record: Record,
-    /// Whether an image of that name may be replaced.
+    /// Whether an image of that name may be replaced, or what is on a device or behind the offset of a file.
     pub overwrite: bool,
     /// Whether the image is made durable before it gets its name.
     pub sync: bool,
-    /// The permission bits of the image.
+    /// The permission bits of a new file.
     pub mode: u32,
+    /// Whom a new file is given to.
+    pub owner: Owner,
+    /// The longest that QEMU may take to answer a command; `None` waits for ever.
+    pub timeout: Option<Duration>,
     /// QEMU's process, where the caller knows it.
     pub pid: Option<u32>,
 }
@@ -62,6 +95,8 @@ impl SaveSettings {
         SaveSettings {
             qmp,
             image: image.into(),
+            format: None,
+            offset: None,
             via: Via::Auto,
             channels: None,
             direct_io: DirectIo::Auto,
@@ -70,6 +105,8 @@ impl SaveSettings {
             overwrite: false,
             sync: true,
             mode: 0o600,
+            owner: Owner::default(),
+            timeout: None,
             pid: None,
         }
     }
@@ -92,8 +129,12 @@ pub struct SaveReport {
     pub via: Via,
     /// Why `auto` did not take the direct way, where it did not.
     pub reason: Option<String>,
+    /// The image's format.
+    pub format: SaveFormat,
     /// Whether pages bypassed the page cache.
     pub direct_io: bool,
+    /// Why they did not, where they were to if they could.
+    pub direct_io_reason: Option<String>,
     /// Channels used.
     pub channels: u16,
     /// The state recorded for the restore.
@@ -151,24 +192,16 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
         return Err(Error::new(Kind::Unsupported, "a guest cannot be saved via socket yet")
             .hint("leave --via at auto"));
     }
+    let kind = TargetKind::of(&settings.image, settings.offset)?;
+    let format = writing::format_for(settings.format, kind)?;
+    refuse_impossible(settings, kind, format)?;
     let mut watch = Stopwatch::start(observer);
     watch.phase("connect");
     // The target first: whoever mistyped its name should not have the guest touched.
-    let draft = Draft::create(
-        &settings.image,
-        DraftOptions {
-            mode: settings.mode,
-            overwrite: settings.overwrite,
-            direct: match settings.direct_io {
-                DirectIo::Auto => io::DirectChoice::Auto,
-                DirectIo::On => io::DirectChoice::On,
-                DirectIo::Off => io::DirectChoice::Off,
-            },
-            sync: settings.sync,
-        },
-    )?;
+    let target = Target::open(&settings.image, settings.offset, draft_options(settings), cancel)?;
     let mut session = super::resume::open_for_save(&settings.qmp, &settings.image, cancel, observer)?;
-    let outcome = carry(settings, &mut session, draft, cancel, &mut watch);
+    session.client.timeout = settings.timeout;
+    let outcome = carry(settings, &mut session, (target, kind, format), cancel, &mut watch);
     let outcome = outcome.and_then(|done| {
         after(&mut session, settings.then)?;
         Ok(done)
@@ -176,7 +209,7 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
     watch.phase("settle");
     let quit = outcome.is_ok() && settings.then == Then::Quit;
     let settled = if quit { session.client.quit().map(|()| drop(session)) } else { session.settle() };
-    let (carried, via, reason) = match (outcome, settled) {
+    let (carried, choice) = match (outcome, settled) {
         (Ok(done), Ok(())) => done,
         (Ok(_), Err(error)) => {
             return Err(Error::new(error.kind(), "the image is saved, but QEMU was not left as it was")
@@ -200,9 +233,11 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
     };
     let (phases, duration) = watch.finish();
     Ok(SaveReport {
-        via,
-        reason,
+        via: choice.via,
+        reason: choice.reason,
+        format,
         direct_io: carried.direct_io,
+        direct_io_reason: choice.direct_io_reason,
         channels: settings.channels(),
         run_state: carried.run_state,
         data_bytes: carried.data_bytes,
@@ -215,36 +250,45 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
     })
 }
 
-/// Chooses the way and takes it, up to and including the image's name.
+/// What was decided on the way.
+struct Choice {
+    via: Via,
+    reason: Option<String>,
+    direct_io_reason: Option<String>,
+}
+
+/// Chooses the way and takes it, up to and including what makes it an image.
 fn carry(
     settings: &SaveSettings,
     session: &mut Session,
-    draft: Draft,
+    (mut target, kind, format): (Target, TargetKind, SaveFormat),
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
-) -> Result<(Carried, Via, Option<String>)> {
+) -> Result<(Carried, Choice)> {
     refuse_states(session)?;
-    let mut reason = None;
-    let mut prepared = None;
     if settings.via != Via::Qemu {
         watch.phase("probe");
-        match direct::prepare(settings, session) {
-            Ok(ready) => prepared = Some(ready),
-            Err(error) if settings.via == Via::Auto && error.kind() == Kind::Unsupported => {
-                watch.observer.note(&format!("via qemu: {}", error.chain()));
-                reason = Some(error.chain());
-            }
-            Err(error) => return Err(error),
-        }
     }
+    let (prepared, reason) = choose(settings, session, kind, format, watch.observer)?;
+    let bytes = match &prepared {
+        Some(ready) => {
+            let present = room::present_bytes(&ready.ram)?;
+            direct::require_room(ready, present, &target, format)?;
+            present
+        }
+        // How much of it QEMU will find to be zero is not known.
+        None => qemu::host_blocks(&mut session.client)?.iter().map(|block| block.used_length).sum(),
+    };
+    room::settle_direct_io(settings, &mut target, format, bytes, watch.observer)?;
     let (carried, via) = match prepared {
         Some(ready) => {
             watch.observer.note("via direct: QEMU gives the device state only");
-            (direct::carry(settings, session, ready, &draft, cancel, watch)?, Via::Direct)
+            (direct::carry(settings, session, ready, (&target, format), cancel, watch)?, Via::Direct)
         }
-        None => (via_qemu::carry(settings, session, &draft, watch)?, Via::Qemu),
+        None => (via_qemu::carry(settings, session, &target, watch)?, Via::Qemu),
     };
-    if let io::DirectIo::Unsupported { reason } = draft.direct_io() {
+    let direct_io_reason = why_not_direct(&target, format);
+    if let Some(reason) = &direct_io_reason {
         watch.observer.note(&format!("no direct I/O: {reason}"));
     }
     if settings.then == Then::Resume {
@@ -255,8 +299,78 @@ fn carry(
     if cancel.is_cancelled() {
         return Err(Error::interrupted());
     }
-    draft.publish()?;
-    Ok((carried, via, reason))
+    target.publish()?;
+    Ok((carried, Choice { via, reason, direct_io_reason }))
+}
+
+/// Chooses the way: what the direct one needs, or why it is not taken.
+fn choose(
+    settings: &SaveSettings,
+    session: &mut Session,
+    kind: TargetKind,
+    format: SaveFormat,
+    observer: &dyn Observer,
+) -> Result<(Option<direct::Prepared>, Option<String>)> {
+    if settings.via == Via::Qemu {
+        return Ok((None, None));
+    }
+    match direct::prepare(settings, session) {
+        Ok(ready) => Ok((Some(ready), None)),
+        Err(error) if settings.via == Via::Auto && error.kind() == Kind::Unsupported => {
+            if let Some(why) = why_not_qemu(kind, format) {
+                return Err(Error::new(Kind::Unsupported, why).because(error).hint("save to a new file"));
+            }
+            observer.note(&format!("via qemu: {}", error.chain()));
+            Ok((None, Some(error.chain())))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Why QEMU itself cannot write this, if it cannot.
+fn why_not_qemu(kind: TargetKind, format: SaveFormat) -> Option<&'static str> {
+    match (kind, format) {
+        (TargetKind::Device, _) => {
+            Some("QEMU cannot write to a block device: it cuts its target to length first")
+        }
+        (_, SaveFormat::Stream) => Some("a stream is written by the direct way only"),
+        _ => None,
+    }
+}
+
+/// Refuses what no guest could change, before anything is opened.
+fn refuse_impossible(settings: &SaveSettings, kind: TargetKind, format: SaveFormat) -> Result<()> {
+    match why_not_qemu(kind, format) {
+        Some(why) if settings.via == Via::Qemu => {
+            Err(Error::new(Kind::Unsupported, why).hint("leave --via at auto, or save to a new file"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn draft_options(settings: &SaveSettings) -> DraftOptions {
+    DraftOptions {
+        mode: settings.mode,
+        owner: settings.owner,
+        overwrite: settings.overwrite,
+        direct: match settings.direct_io {
+            DirectIo::Auto => io::DirectChoice::Auto,
+            DirectIo::On => io::DirectChoice::On,
+            DirectIo::Off => io::DirectChoice::Off,
+        },
+        sync: settings.sync,
+    }
+}
+
+/// Why pages do not bypass the page cache, if they do not.
+fn why_not_direct(target: &Target, format: SaveFormat) -> Option<String> {
+    match (target.direct_io(), format) {
+        (io::DirectIo::Unsupported { reason }, _) => Some(reason),
+        (io::DirectIo::Supported { .. }, SaveFormat::Stream) => {
+            Some("the records of a stream are not aligned".to_owned())
+        }
+        (io::DirectIo::Supported { .. }, SaveFormat::MappedRam) => None,
+    }
 }
 
 /// Refuses a guest whose state cannot be saved, before anything is touched.

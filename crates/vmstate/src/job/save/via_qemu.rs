@@ -1,10 +1,9 @@
 //! QEMU's own way: mapped-ram with multifd, into two descriptors of ours.
 
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-use io::Draft;
+use io::Target;
 use serde_json::json;
 use wire::qemu::global_state;
 
@@ -20,14 +19,14 @@ use crate::{Error, Kind, Result};
 /// files as well.
 pub(crate) const BANDWIDTH_MAX: u64 = 1 << 60;
 
-/// Stops the guest and lets QEMU write everything of it into the draft, all but its name.
+/// Stops the guest and lets QEMU write everything of it to the target, all but what makes it an image.
 pub(super) fn carry(
     settings: &SaveSettings,
     session: &mut Session,
-    draft: &Draft,
+    target: &Target,
     watch: &mut Stopwatch<'_>,
 ) -> Result<Carried> {
-    let direct = draft.direct();
+    let direct = target.direct();
     session
         .configure(
             &["mapped-ram", "multifd"],
@@ -60,13 +59,15 @@ pub(super) fn carry(
 
     watch.phase("ram");
     // Whichever of the two flags QEMU asks for must be there: a channel that it cannot open crashes it,
-    // and the guest with it. The draft has tried direct I/O on this very file.
-    let mut fds = vec![draft.buffered().as_fd()];
+    // and the guest with it. The target has tried direct I/O on this very file.
+    let start = target.start();
+    target.begin(start)?;
+    let mut fds: Vec<_> = target.buffered().map(|file| file.as_fd()).into_iter().collect();
     fds.extend(direct.map(|file| file.as_fd()));
     let fdset = session.add_fdset(&fds)?;
     // QEMU pauses a guest that was resumed meanwhile by itself, and nobody could tell afterwards.
     session.verify_still()?;
-    session.migrate(&format!("file:/dev/fdset/{fdset},offset=0"))?;
+    session.migrate(&format!("file:/dev/fdset/{fdset},offset={start}"))?;
     let end = session.migration_end(None)?;
     if end.status != "completed" {
         let reason = end.error.unwrap_or_else(|| format!("status `{}`", end.status));
@@ -85,7 +86,7 @@ pub(super) fn carry(
     // By now QEMU has given the disks up, after which it does not write them.
     qemu::stat_disks(&mut facts, peer.map(|peer| peer.pid()));
     let manifest = Manifest::now(&session.version, "qemu", &run_state, facts);
-    let data_bytes = complete(draft, &before, &run_state, &manifest)?;
+    let data_bytes = complete(target, &before, &run_state, &manifest)?;
     Ok(Carried {
         run_state,
         direct_io: direct.is_some(),
@@ -100,10 +101,10 @@ pub(super) fn carry(
 
 /// Checks what QEMU wrote, records the run state and adds the manifest. Returns the bytes of pages that
 /// are in the image and of those that are not.
-fn complete(draft: &Draft, before: &RunStatus, run_state: &str, manifest: &Manifest) -> Result<(u64, u64)> {
-    let image = MappedRamFile::from_file(draft.open_for_reading()?, draft.path())?;
+fn complete(target: &Target, before: &RunStatus, run_state: &str, manifest: &Manifest) -> Result<(u64, u64)> {
+    let image = MappedRamFile::from_file(target.open_for_reading()?, target.path(), target.start())?;
     image.verify()?;
-    let failed = |error| Error::io(format!("cannot complete {}", draft.path().display()), error);
+    let failed = |error| Error::io(format!("cannot complete {}", target.path().display()), error);
     if before.status != run_state || before.running {
         // QEMU saw a guest that we had stopped.
         let devices = image.devices()?;
@@ -111,12 +112,12 @@ fn complete(draft: &Draft, before: &RunStatus, run_state: &str, manifest: &Manif
             let mut payload = image.read(section.payload)?;
             global_state::patch_run_state(&mut payload, run_state)
                 .map_err(|fault| Error::new(Kind::Peer, "the run state cannot be recorded").because(fault))?;
-            draft.buffered().write_all_at(&payload, section.payload.start).map_err(failed)?;
+            target.write_all_at(&payload, section.payload.start).map_err(failed)?;
         }
     }
     if let Some((offset, bytes)) = image.vmdescription_with(manifest)? {
-        draft.buffered().write_all_at(&bytes, offset).map_err(failed)?;
-        draft.set_len(offset + bytes.len() as u64)?;
+        target.write_all_at(&bytes, offset).map_err(failed)?;
+        target.set_end(offset + bytes.len() as u64)?;
     }
     let summary = image.summary()?;
     Ok((summary.data_bytes, summary.ram_bytes - summary.data_bytes))

@@ -1,0 +1,172 @@
+//! Whether a guest fits where it is to go, and how fast that place is, found out before the guest is stopped.
+
+use io::{Rates, Scratch, Supply, Target};
+use mem::GuestRam;
+
+use super::{SaveFormat, SaveSettings};
+use crate::job::{DirectIo, Observer};
+use crate::qemu::Probe;
+use crate::sink::MappedRamComposition;
+use crate::{Error, Result};
+
+/// What an image has beside pages and bitmaps, generously: device state and its description.
+const TAIL_LEN: u64 = 1 << 20;
+/// What a block has beside its pages and bits: its entry in the list, its header, the ends of blocks on the disk.
+const HEAD_LEN: u64 = 16 << 10;
+/// A guest of fewer bytes is not worth trying how fast the target is.
+const MEASURED_LEN_MIN: u64 = 256 << 20;
+
+/// How many bytes the pages have that are there: the most that a save can write of them.
+pub(super) fn present_bytes(ram: &GuestRam) -> Result<u64> {
+    let mut sum = 0;
+    for region in 0..ram.regions() {
+        let name = &ram.block(region).name;
+        let untold = |error| Error::io(format!("cannot tell which pages of `{name}` are there"), error);
+        for window in ram.windows(region).map_err(untold)? {
+            let piece = ram.piece(region, &window.map_err(untold)?, 0);
+            sum += piece.bytes_in(&piece.mask);
+        }
+    }
+    Ok(sum)
+}
+
+/// How many bytes the pages have that would be written now: those that are there and not zero.
+fn data_bytes(ram: &GuestRam) -> Result<u64> {
+    let mut sum = 0;
+    let mut scratch = Scratch::new(1).map_err(|error| Error::io("no memory for a buffer", error))?;
+    for region in 0..ram.regions() {
+        let name = &ram.block(region).name;
+        let unread = |error| Error::io(format!("cannot read `{name}`"), error);
+        for window in ram.windows(region).map_err(unread)? {
+            let piece = ram.piece(region, &window.map_err(unread)?, 0);
+            scratch.reserve(piece.len as usize).map_err(unread)?;
+            let supplied = ram.supply(&piece, &mut scratch).map_err(unread)?;
+            sum += piece.bytes_in(&supplied.write);
+        }
+    }
+    Ok(sum)
+}
+
+/// The bytes that an image takes beside its pages, at the most.
+pub(super) fn metadata_bytes(ram: &GuestRam, format: SaveFormat) -> u64 {
+    let of_block = |region| {
+        let pages = ram.block(region).length / ram.block(region).page_size;
+        match format {
+            // A bit in the bitmap, and the ends of it and of the block's header.
+            SaveFormat::MappedRam => pages / 8 + HEAD_LEN,
+            // A word and perhaps a byte.
+            SaveFormat::Stream => pages * 9 + HEAD_LEN,
+        }
+    };
+    (0..ram.regions()).map(of_block).sum::<u64>() + TAIL_LEN
+}
+
+/// Refuses a target that has too little room for the guest as it is now.
+///
+/// A device must hold the whole layout. Elsewhere only pages that are there take room; where those that are
+/// there seem too many, it is looked which of them are zero, while the guest runs on.
+///
+/// # Errors
+/// [`Kind::Io`](crate::Kind::Io), as of a disk that is full; [`Kind::Misuse`](crate::Kind::Misuse) for a
+/// device that is too small.
+pub(super) fn require(
+    probe: &Probe,
+    ram: &GuestRam,
+    present: u64,
+    target: &Target,
+    format: SaveFormat,
+) -> Result<()> {
+    let Some(room) = target.room_bytes()? else { return Ok(()) };
+    if target.is_device() {
+        let needs = MappedRamComposition::pages_end(probe, target.start())? - target.start() + TAIL_LEN;
+        if needs > room {
+            let (path, start) = (target.path().to_owned(), target.start());
+            return Err(io::DraftError::TooSmall { path, start, has: room, needs }.into());
+        }
+        return Ok(());
+    }
+    if present.saturating_add(metadata_bytes(ram, format)) <= room {
+        return Ok(());
+    }
+    // What is beside the pages is only an estimate, and must not be what refuses a guest.
+    let data = data_bytes(ram)?;
+    if data <= room {
+        return Ok(());
+    }
+    let clause = format!(
+        "the file system of {} has {} MiB left, the guest's memory takes {} MiB",
+        target.path().display(),
+        room >> 20,
+        data.div_ceil(1 << 20)
+    );
+    Err(Error::io(clause, std::io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error())))
+}
+
+/// Tries how fast the target is, where the choice is ours and there is enough to be written, and leaves direct
+/// I/O where it is a trap.
+///
+/// # Errors
+/// What makes any write fail.
+pub(super) fn settle_direct_io(
+    settings: &SaveSettings,
+    target: &mut Target,
+    format: SaveFormat,
+    bytes: u64,
+    observer: &dyn Observer,
+) -> Result<Option<Rates>> {
+    if !is_worth_measuring(settings.direct_io, format, bytes) {
+        return Ok(None);
+    }
+    let rates = target.measure()?;
+    if let Some(reason) = rates.and_then(why_not_direct) {
+        observer.note(&format!("direct I/O is left: {reason}"));
+        target.leave_direct(&reason);
+    }
+    Ok(rates)
+}
+
+fn is_worth_measuring(choice: DirectIo, format: SaveFormat, bytes: u64) -> bool {
+    choice == DirectIo::Auto && format == SaveFormat::MappedRam && bytes >= MEASURED_LEN_MIN
+}
+
+/// Why direct I/O is left at these rates, if it is.
+fn why_not_direct(rates: Rates) -> Option<String> {
+    let mb = |bytes: u64| bytes as f64 / 1e6;
+    rates.is_trap().then(|| {
+        format!(
+            "a short trial wrote {:.1} MB/s with it and {:.1} MB/s without",
+            mb(rates.direct_bytes_per_s),
+            mb(rates.buffered_bytes_per_s)
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_ours_to_choose_and_large_is_measured() {
+        use SaveFormat::{MappedRam, Stream};
+        for (choice, format, bytes, expected) in [
+            (DirectIo::Auto, MappedRam, 256 << 20, true),
+            (DirectIo::Auto, MappedRam, (256 << 20) - 1, false),
+            (DirectIo::On, MappedRam, 1 << 40, false),
+            (DirectIo::Off, MappedRam, 1 << 40, false),
+            (DirectIo::Auto, Stream, 1 << 40, false),
+        ] {
+            assert_eq!(is_worth_measuring(choice, format, bytes), expected, "{choice:?} {format:?} {bytes}");
+        }
+    }
+
+    #[test]
+    fn a_trap_is_told_with_both_rates() {
+        let rates =
+            |direct_bytes_per_s, buffered_bytes_per_s| Rates { direct_bytes_per_s, buffered_bytes_per_s };
+        assert_eq!(
+            why_not_direct(rates(3_600_000, 4_000_000_000)).as_deref(),
+            Some("a short trial wrote 3.6 MB/s with it and 4000.0 MB/s without")
+        );
+        assert_eq!(why_not_direct(rates(2_000_000_000, 900_000_000)), None);
+    }
+}

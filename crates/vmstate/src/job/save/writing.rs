@@ -1,0 +1,190 @@
+//! What an image is written as: pages at fixed offsets by many lanes, or one record after the other.
+
+use std::sync::Arc;
+
+use io::{Cancel, Counters, LaneSettings, Outflow, Target, WriteLanes};
+use mem::GuestRam;
+
+use super::{SaveFormat, SaveSettings};
+use crate::job::anonymous_memory_bytes;
+use crate::manifest::Manifest;
+use crate::qemu::Probe;
+use crate::sink::{MappedRamComposition, StreamComposition, bitmap_pieces};
+use crate::{Error, Kind, Result};
+
+/// An image of a guest that stands still, being written.
+pub(super) enum Writing<'a> {
+    Fixed { composition: MappedRamComposition, target: &'a Target },
+    Flowing { composition: StreamComposition, out: Box<Outflow>, sync: bool },
+}
+
+/// What became of the pages.
+pub(super) struct Moved {
+    pub(super) data_bytes: u64,
+    pub(super) zero_bytes: u64,
+    /// The length of all RAM.
+    pub(super) ram_bytes: u64,
+    /// Our own memory while they moved.
+    pub(super) memory_bytes: u64,
+}
+
+impl<'a> Writing<'a> {
+    /// Composes the image; nothing is written yet.
+    pub(super) fn new(
+        format: SaveFormat,
+        settings: &SaveSettings,
+        target: &'a Target,
+        cancel: &Cancel,
+        probe: &Probe,
+        (devices, run_state, manifest): (Vec<u8>, &str, &Manifest),
+    ) -> Result<Writing<'a>> {
+        match format {
+            SaveFormat::MappedRam => {
+                let start = target.start();
+                let composition = MappedRamComposition::new(probe, devices, run_state, manifest, start)?;
+                Ok(Writing::Fixed { composition, target })
+            }
+            SaveFormat::Stream => {
+                let composition = StreamComposition::new(probe, devices, run_state, manifest)?;
+                let out = Box::new(target.outflow(cancel)?);
+                Ok(Writing::Flowing { composition, out, sync: settings.sync })
+            }
+        }
+    }
+
+    /// Writes every page that is there.
+    pub(super) fn pages(
+        &mut self,
+        settings: &SaveSettings,
+        ram: &Arc<GuestRam>,
+        cancel: &Cancel,
+    ) -> Result<Moved> {
+        match self {
+            Writing::Fixed { composition, target } => {
+                target.begin(composition.end())?;
+                let counters = Arc::new(Counters::default());
+                let lanes = WriteLanes::start(
+                    target.lane_target()?,
+                    ram.clone(),
+                    LaneSettings {
+                        lanes: usize::from(settings.channels()),
+                        align: target.direct_io().alignment(),
+                    },
+                    counters.clone(),
+                    cancel.clone(),
+                )?;
+                // The presence map is read here, after the device state: a device's handler may have written
+                // memory.
+                let dealt = deal(ram, composition, &lanes);
+                let memory_bytes = anonymous_memory_bytes();
+                // A lane that failed is the reason why dealing failed, so its error is the one to tell.
+                lanes.finish()?;
+                dealt?;
+                let moved = counters.read();
+                Ok(Moved {
+                    data_bytes: moved.bytes_written,
+                    zero_bytes: moved.bytes_zero,
+                    ram_bytes: composition.ram_bytes(),
+                    memory_bytes,
+                })
+            }
+            Writing::Flowing { composition, out, .. } => {
+                let sent = composition.write_ram(ram, out)?;
+                Ok(Moved {
+                    data_bytes: sent.data_bytes,
+                    zero_bytes: sent.zero_bytes,
+                    ram_bytes: composition.ram_bytes(),
+                    memory_bytes: anonymous_memory_bytes(),
+                })
+            }
+        }
+    }
+
+    /// Writes all the rest. Until then it is no image.
+    pub(super) fn complete(self, ram: &GuestRam) -> Result<()> {
+        match self {
+            Writing::Fixed { composition, target } => {
+                let write = |offset, bytes: &[u8]| {
+                    let failed =
+                        |error| Error::io(format!("cannot write {}", target.path().display()), error);
+                    target.write_all_at(bytes, offset).map_err(failed)
+                };
+                for (offset, bytes) in composition.metadata() {
+                    write(offset, bytes)?;
+                }
+                for (region, place) in composition.places().enumerate() {
+                    for (offset, bytes) in
+                        bitmap_pieces(place, &ram.data_pages(region), !target.reads_as_zero())
+                    {
+                        write(offset, &bytes)?;
+                    }
+                }
+                Ok(())
+            }
+            Writing::Flowing { composition, mut out, sync } => {
+                composition.write_tail(&mut out)?;
+                // A draft is synced when it is published; the standard output may be a file, too.
+                out.finish(sync).map_err(Error::from)
+            }
+        }
+    }
+}
+
+/// Deals every page that is there to the lanes, a window at a time.
+fn deal(ram: &GuestRam, composition: &MappedRamComposition, lanes: &WriteLanes) -> Result<()> {
+    for (region, place) in composition.places().enumerate() {
+        let untold =
+            |error| Error::io(format!("cannot tell which pages of `{}` are there", place.name), error);
+        for window in ram.windows(region).map_err(untold)? {
+            lanes.deal(ram.piece(region, &window.map_err(untold)?, place.pages.start))?;
+        }
+    }
+    Ok(())
+}
+
+/// The format that an image at this target has, if it can have the one wanted.
+pub(super) fn format_for(wanted: Option<SaveFormat>, target: io::TargetKind) -> Result<SaveFormat> {
+    use io::TargetKind::{Device, File, Pipe, Place};
+    let refuse = |clause: &str, hint: &str| Err(Error::new(Kind::Misuse, clause).hint(hint.to_owned()));
+    match (wanted, target) {
+        (None, Pipe) => Ok(SaveFormat::Stream),
+        (None, _) => Ok(SaveFormat::MappedRam),
+        (Some(SaveFormat::MappedRam), Pipe) => {
+            refuse("a mapped-ram image cannot go into a pipe, which has no offsets", "leave --format out")
+        }
+        (Some(SaveFormat::Stream), Place | Device) => refuse(
+            "a stream can only be a file of its own or go into a pipe",
+            "leave --format out, or give another place",
+        ),
+        (Some(format), File | Pipe | Place | Device) => Ok(format),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use io::TargetKind::{Device, File, Pipe, Place};
+
+    #[test]
+    fn the_format_follows_from_the_target_and_what_cannot_be_is_refused() {
+        use SaveFormat::{MappedRam, Stream};
+        let pipe = "a mapped-ram image cannot go into a pipe, which has no offsets";
+        let place = "a stream can only be a file of its own or go into a pipe";
+        for (wanted, target, expected) in [
+            (None, File, Ok(MappedRam)),
+            (None, Place, Ok(MappedRam)),
+            (None, Device, Ok(MappedRam)),
+            (None, Pipe, Ok(Stream)),
+            (Some(MappedRam), File, Ok(MappedRam)),
+            (Some(MappedRam), Device, Ok(MappedRam)),
+            (Some(MappedRam), Pipe, Err(pipe)),
+            (Some(Stream), File, Ok(Stream)),
+            (Some(Stream), Pipe, Ok(Stream)),
+            (Some(Stream), Place, Err(place)),
+            (Some(Stream), Device, Err(place)),
+        ] {
+            let found = format_for(wanted, target).map_err(|error| error.to_string());
+            assert_eq!(found, expected.map_err(str::to_owned), "{wanted:?} {target:?}");
+        }
+    }
+}

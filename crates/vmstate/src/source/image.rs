@@ -1,0 +1,122 @@
+//! An image of any format, as far as a restore has to know it.
+
+use std::fs::File;
+use std::path::Path;
+
+use page::{PageSet, RamBlock};
+use wire::qemu::{Configuration, DeviceState};
+
+use super::{Format, MappedRamFile, StreamFile};
+use crate::Result;
+use crate::manifest::Manifest;
+
+/// An open image that was found to be sound.
+#[derive(Debug)]
+pub enum Image {
+    /// Pages at fixed offsets.
+    MappedRam(MappedRamFile),
+    /// One record after the other.
+    Stream(StreamFile),
+}
+
+impl Image {
+    /// Opens an image that starts at the offset `start` of an open file or device, and reads all of it but
+    /// its pages; a stream is read whole. `path` is for messages.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`](crate::Kind::Damaged) and [`Kind::Unsupported`](crate::Kind::Unsupported) at the
+    /// first fault, with file, offset and field; [`Kind::Io`](crate::Kind::Io).
+    pub fn from_file(file: File, path: &Path, start: u64) -> Result<Image> {
+        match Format::of(&file, path, start)? {
+            Format::MappedRam => {
+                let image = MappedRamFile::from_file(file, path, start)?;
+                image.verify()?;
+                Ok(Image::MappedRam(image))
+            }
+            Format::Stream => StreamFile::read(&file, path, start).map(Image::Stream),
+        }
+    }
+
+    /// The configuration section.
+    pub fn configuration(&self) -> Option<&Configuration> {
+        match self {
+            Image::MappedRam(image) => image.layout().preamble.configuration.as_ref(),
+            Image::Stream(stream) => {
+                stream.contents().preamble.as_ref().and_then(|preamble| preamble.configuration.as_ref())
+            }
+        }
+    }
+
+    /// The RAM blocks, in the image's order.
+    pub fn blocks(&self) -> Vec<RamBlock> {
+        match self {
+            Image::MappedRam(image) => image.layout().blocks.iter().map(|block| block.ram_block()).collect(),
+            Image::Stream(stream) => stream.blocks().collect(),
+        }
+    }
+
+    /// The pages of block `index` that the image brings.
+    ///
+    /// # Errors
+    /// As [`MappedRamFile::pages`].
+    pub fn pages(&self, index: usize) -> Result<PageSet> {
+        match self {
+            Image::MappedRam(image) => match image.layout().blocks.get(index) {
+                Some(block) => image.pages(block),
+                None => Ok(PageSet::new(page::PageCount(0))),
+            },
+            Image::Stream(stream) => Ok(stream.pages(index)),
+        }
+    }
+
+    /// How many bytes of pages the image brings.
+    ///
+    /// # Errors
+    /// As [`MappedRamFile::summary`].
+    pub fn data_bytes(&self) -> Result<u64> {
+        match self {
+            Image::MappedRam(image) => Ok(image.summary()?.data_bytes),
+            Image::Stream(stream) => {
+                let contents = stream.contents();
+                let pages = contents.blocks.iter().map(|block| block.pages).sum::<u64>();
+                Ok(pages.saturating_mul(contents.page_size.bytes()))
+            }
+        }
+    }
+
+    /// The device state, taken apart.
+    ///
+    /// # Errors
+    /// As [`MappedRamFile::devices`].
+    pub fn devices(&self) -> Result<DeviceState> {
+        match self {
+            Image::MappedRam(image) => image.devices(),
+            Image::Stream(stream) => Ok(stream.devices().clone()),
+        }
+    }
+
+    /// What vmstate noted when it saved the image.
+    ///
+    /// # Errors
+    /// As [`MappedRamFile::manifest`].
+    pub fn manifest(&self) -> Result<Option<Manifest>> {
+        match self {
+            Image::MappedRam(image) => image.manifest(),
+            Image::Stream(stream) => {
+                let noted = stream.vmdescription()?.and_then(|description| description.vmstate);
+                Ok(noted.and_then(|value| serde_json::from_value(value).ok()))
+            }
+        }
+    }
+
+    /// The run state that a restore brings the guest to; `None` where the image does not record one.
+    ///
+    /// # Errors
+    /// As [`MappedRamFile::run_state`].
+    pub fn run_state(&self) -> Result<Option<&'static str>> {
+        match self {
+            Image::MappedRam(image) => image.run_state(),
+            Image::Stream(stream) => stream.run_state(),
+        }
+    }
+}

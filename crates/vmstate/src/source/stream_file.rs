@@ -1,0 +1,131 @@
+//! A stream image in a file, read once and found to be sound.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use page::{PageIndex, PageRange, PageSet, RamBlock};
+use wire::FileRange;
+use wire::qemu::vmdesc::{self, VmDescription};
+use wire::qemu::{DeviceState, global_state, split_sections};
+
+use super::mapped_ram::faulty;
+use super::stream::{StreamContents, scan_pages};
+use crate::{Error, Kind, Result};
+
+/// The most device state that is read into memory.
+const TAIL_LEN_MAX: u64 = 1 << 30;
+/// The head of a vmdescription: its type byte and its length.
+const VMDESC_HEAD: usize = 5;
+
+/// A stream that was read to its end.
+#[derive(Debug)]
+pub struct StreamFile {
+    path: PathBuf,
+    contents: StreamContents,
+    /// Which pages were sent, in the order of the stream, neighbours joined. Their number is bounded by the
+    /// length of the file, whatever lengths the blocks claim.
+    sent: Vec<Vec<PageRange>>,
+    tail: FileRange,
+    blob: Vec<u8>,
+    devices: DeviceState,
+}
+
+impl StreamFile {
+    /// Reads the stream that starts at the offset `start` of an open file; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] and [`Kind::Unsupported`] at the first fault, with file, offset and field;
+    /// [`Kind::Io`].
+    pub fn read(file: &File, path: &Path, start: u64) -> Result<StreamFile> {
+        let mut sent: Vec<Vec<PageRange>> = Vec::new();
+        let contents = scan_pages(file, path, start, |block, page| {
+            // The scanner knows no more blocks than a guest can have.
+            sent.resize_with(sent.len().max(block + 1), Vec::new);
+            let next = PageIndex(page.0 + 1);
+            match sent[block].last_mut() {
+                Some(run) if run.end == page => run.end = next,
+                Some(run) if (run.start..run.end).contains(&page) => {}
+                _ => sent[block].push(PageRange { start: page, end: next }),
+            }
+        })?;
+        if let Some(fault) = contents.report.faults.first() {
+            return Err(faulty(path, fault.clone()));
+        }
+        let tail = contents.tail.ok_or_else(|| {
+            Error::new(Kind::Damaged, format!("{}: the stream has no device state", path.display()))
+        })?;
+        if tail.len() > TAIL_LEN_MAX {
+            let clause = format!("{}: {:#x} bytes of device state", path.display(), tail.len());
+            return Err(Error::new(Kind::Unsupported, clause));
+        }
+        let mut blob = vec![0; tail.len() as usize];
+        file.read_exact_at(&mut blob, tail.start)
+            .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
+        let devices = split_sections(&blob, tail.start).map_err(|fault| faulty(path, fault))?;
+        Ok(StreamFile { path: path.to_owned(), contents, sent, tail, blob, devices })
+    }
+
+    /// What the scan found.
+    pub fn contents(&self) -> &StreamContents {
+        &self.contents
+    }
+
+    /// Device state, end mark and vmdescription.
+    pub fn tail(&self) -> FileRange {
+        self.tail
+    }
+
+    /// The RAM blocks, in the order of the stream.
+    pub fn blocks(&self) -> impl ExactSizeIterator<Item = RamBlock> {
+        self.contents.blocks.iter().map(|block| RamBlock {
+            name: block.entry.name.as_str().to_owned(),
+            length: block.entry.used_length,
+            page_size: self.contents.page_size,
+        })
+    }
+
+    /// The pages of a block that were sent, as data or as zero.
+    ///
+    /// The set is as large as the block claims to be: compare that with something first.
+    pub fn pages(&self, block: usize) -> PageSet {
+        let length = self.contents.blocks.get(block).map_or(0, |block| block.entry.used_length);
+        let mut pages = PageSet::new(self.contents.page_size.pages_of(length));
+        self.sent.get(block).into_iter().flatten().for_each(|run| pages.insert(*run));
+        pages
+    }
+
+    /// The device state, taken apart.
+    pub fn devices(&self) -> &DeviceState {
+        &self.devices
+    }
+
+    fn part(&self, range: FileRange) -> &[u8] {
+        let at = |offset: u64| usize::try_from(offset.saturating_sub(self.tail.start)).unwrap_or(usize::MAX);
+        self.blob.get(at(range.start)..at(range.end)).unwrap_or_default()
+    }
+
+    /// The run state that a restore brings the guest to; `None` where the stream does not record one.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] and [`Kind::Unsupported`], with file, offset and field.
+    pub fn run_state(&self) -> Result<Option<&'static str>> {
+        let section = self.devices.section(global_state::GLOBAL_STATE_SECTION, 0);
+        let state = section.map(|section| global_state::run_state(self.part(section.payload)));
+        state.transpose().map_err(|fault| faulty(&self.path, fault))
+    }
+
+    /// The vmdescription, if there is one.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] where it is none.
+    pub fn vmdescription(&self) -> Result<Option<VmDescription>> {
+        let Some(range) = self.devices.vmdesc else { return Ok(None) };
+        match self.part(range).get(VMDESC_HEAD..) {
+            Some(json) if !json.is_empty() => vmdesc::parse(json, range.start + VMDESC_HEAD as u64)
+                .map(Some)
+                .map_err(|fault| faulty(&self.path, fault)),
+            _ => Ok(None),
+        }
+    }
+}
