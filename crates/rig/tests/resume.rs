@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use lab::{Guest, GuestSettings, MachineKind, Qemu, QemuSpec};
 use rustix::process::{Signal, getpid, kill_process};
@@ -275,6 +276,11 @@ fn migrate_slowly(qemu: &Qemu, bytes_per_s: Option<u64>) -> UnixStream {
     rustix::net::sockopt::set_socket_send_buffer_size(&theirs, 4096).unwrap();
     client.getfd("slow", theirs.as_fd()).unwrap();
     client.migrate("fd:slow").unwrap();
+    let end = Instant::now() + DEADLINE;
+    while client.migration().unwrap().status != "active" {
+        assert!(Instant::now() < end, "{:?}", client.migration());
+        std::thread::yield_now();
+    }
     ours
 }
 
