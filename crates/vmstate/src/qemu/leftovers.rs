@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::note::{Fate, Note, read_notes, remove_note};
 use super::probe::{PROBE, PROBE_BANDWIDTH};
 use super::process::PROOF;
-use super::{Session, session::MARK};
+use super::session::{MARK, Session, mark as mark_of};
 use crate::qmp::{Capability, Client};
 use crate::{Error, Kind, Result};
 
@@ -69,7 +69,10 @@ impl Leftovers {
         let is_left = |set: &&Value| {
             let fds = set["fds"].as_array().map(Vec::as_slice).unwrap_or_default();
             let mut marks = fds.iter().filter_map(|fd| fd["opaque"].as_str());
-            marks.any(|mark| notes.iter().any(|(_, note)| note.mark == mark) || is_of_the_dead(mark))
+            marks.any(|mark| {
+                notes.iter().any(|(_, note)| mark_of(note.saver.pid, note.session) == mark)
+                    || is_of_the_dead(mark)
+            })
         };
         let fdsets = answer.as_array().into_iter().flatten().filter(is_left);
         let fdsets = fdsets.filter_map(|set| set["fdset-id"].as_u64()).collect();

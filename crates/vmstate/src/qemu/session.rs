@@ -36,6 +36,8 @@ pub struct Session {
     capabilities_found: Option<Vec<Capability>>,
     /// The parameters that were changed, with the values found.
     parameters_found: Map<String, Value>,
+    /// Which session of this process it is.
+    number: u64,
     /// The mark of every descriptor that this session adds to a set.
     mark: String,
     /// Whether there may be such descriptors: the answer that names their set can be cut short.
@@ -89,12 +91,15 @@ impl Session {
 
     /// As [`Session::over`], whether a migration is under way or not.
     pub(crate) fn bare(client: Client, version: Version) -> Session {
+        static SESSIONS: AtomicU64 = AtomicU64::new(0);
+        let number = SESSIONS.fetch_add(1, Ordering::Relaxed);
         Session {
             client,
             version,
+            number,
             capabilities_found: None,
             parameters_found: Map::new(),
-            mark: mark(),
+            mark: mark(std::process::id(), number),
             may_have_fdsets: false,
             named_fds: Vec::new(),
             migrating: false,
@@ -126,11 +131,11 @@ impl Session {
         };
         let note = Note {
             saver: Saver::this(),
+            session: self.number,
+            serial: self.notes_left,
             stopped: self.state_before.clone().filter(|_| self.stopped),
             capabilities: self.capabilities_found.as_ref().map(on),
             parameters: self.parameters_found.clone(),
-            mark: self.mark.clone(),
-            serial: self.notes_left,
         };
         self.notes_left += 1;
         match note.leave(&mut self.client) {
@@ -529,9 +534,8 @@ impl Session {
 }
 
 /// A mark that no other session of this host has.
-fn mark() -> String {
-    static SESSIONS: AtomicU64 = AtomicU64::new(0);
-    format!("{MARK}{} {}", std::process::id(), SESSIONS.fetch_add(1, Ordering::Relaxed))
+pub(super) fn mark(pid: u32, session: u64) -> String {
+    format!("{MARK}{pid} {session}")
 }
 
 /// The error for a guest that another client has moved.
