@@ -3,6 +3,7 @@
 mod compare;
 mod footprint;
 mod hook;
+mod proxy;
 mod stock;
 
 use std::path::Path;
@@ -15,6 +16,7 @@ use vmstate::source::MappedRamFile;
 pub use compare::{Difference, compare_images};
 pub use footprint::Footprint;
 pub use hook::Hook;
+pub use proxy::Proxy;
 pub use stock::{StockLoad, client, stock_load, stock_save};
 
 /// Generous: a wait ends as soon as what it waits for has come.

@@ -207,12 +207,6 @@ fn a_target_that_cannot_be_written_is_refused_before_qemu_hears_of_it() {
         (at("link"), Kind::Misuse, format!("`{}` is a symbolic link", at("link").display()), file),
         (at("file/"), Kind::Misuse, format!("`{}` is not the name of a file", at("file/").display()), file),
         (
-            at("block"),
-            Kind::Unsupported,
-            format!("`{}` is a block device: writing to one is not supported", at("block").display()),
-            file,
-        ),
-        (
             "/dev/null".into(),
             Kind::Unsupported,
             "`/dev/null` is a character device: writing to one is not supported".to_owned(),

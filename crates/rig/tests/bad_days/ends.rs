@@ -136,8 +136,11 @@ fn a_qemu_that_hangs_holds_up_an_interrupted_save_for_less_than_half_a_minute() 
         };
         let name = format!("{via:?} in {phase}, {took:?}, {warnings:?}");
         assert_eq!(told, says(Kind::Interrupted, "interrupted", hint), "{name}");
-        assert_eq!(warnings.len(), 1, "{name}");
-        assert!(warnings[0].starts_with("cleaning up failed as well: QEMU did not answer "), "{name}");
+        // At the start of the probe QEMU has nothing yet that would have to be taken back.
+        assert_eq!(warnings.len(), usize::from(phase != "probe"), "{name}");
+        for warning in &warnings {
+            assert!(warning.starts_with("cleaning up failed as well: QEMU did not answer "), "{name}");
+        }
         assert!(took < Duration::from_secs(30), "{name}");
     }
     assert_eq!(names_in(dir.path()), [""; 0]);

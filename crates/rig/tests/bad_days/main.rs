@@ -6,6 +6,7 @@
 
 mod disks;
 mod ends;
+mod lacking;
 mod others;
 mod states;
 mod targets;

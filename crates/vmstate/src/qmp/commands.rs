@@ -279,6 +279,21 @@ impl Client {
         self.execute("xen-save-devices-state", json!({ "filename": filename, "live": false })).map(drop)
     }
 
+    /// Whether QEMU has a command. One that does not even tell which it has is taken to have it: the command
+    /// itself will say.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn knows_command(&mut self, name: &str) -> Result<bool> {
+        match self.execute("query-commands", json!({})) {
+            Ok(answer) => Ok(answer
+                .as_array()
+                .is_none_or(|commands| commands.iter().any(|command| command["name"] == name))),
+            Err(error) if error.is_refusal() => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
     /// A QOM property that is a string.
     ///
     /// # Errors

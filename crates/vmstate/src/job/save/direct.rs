@@ -13,6 +13,9 @@ use crate::manifest::{GuestFacts, Manifest};
 use crate::qemu::{self, HostBlock, Probe, Probed, Session};
 use crate::{Error, Kind, Result};
 
+/// What gives the device state without RAM.
+const DEVICE_STATE_COMMAND: &str = "xen-save-devices-state";
+
 /// Everything that can be found out while the guest still runs.
 pub(super) struct Prepared {
     probe: Probe,
@@ -26,6 +29,11 @@ pub(super) struct Prepared {
 /// # Errors
 /// [`Kind::Unsupported`] where it cannot, with the reason; others where QEMU would refuse any other way too.
 pub(super) fn prepare(settings: &SaveSettings, session: &mut Session) -> Result<Prepared> {
+    // Found out now: it is needed only when the guest has been stopped.
+    if !session.client.knows_command(DEVICE_STATE_COMMAND)? {
+        let clause = format!("this QEMU has no command {DEVICE_STATE_COMMAND}");
+        return Err(Error::new(Kind::Unsupported, clause));
+    }
     let peer = qemu::find_process(session, settings.pid)?;
     let probe = match qemu::probe(session)? {
         Probed::Plain(probe) => probe,
