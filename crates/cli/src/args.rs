@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use vmstate::Owner;
 use vmstate::net::QmpAddress;
 
 /// Saves, restores and inspects the state of virtual machines, in the formats that QEMU reads and writes.
@@ -47,16 +48,24 @@ pub struct Save {
     #[arg(long, value_name = "ADDR", env = "VMSTATE_QMP")]
     pub qmp: QmpAddress,
 
-    /// The image to write
+    /// The image to write: a new file, a block device, a FIFO, or - for the standard output
     pub image: PathBuf,
 
     /// Who carries the RAM: vmstate from outside, or QEMU's own mapped-ram into our descriptors
     #[arg(long, value_enum, default_value_t = ViaArg::Auto)]
     pub via: ViaArg,
 
-    /// The image's format
-    #[arg(long, value_enum, default_value_t = FormatArg::MappedRam)]
-    pub format: FormatArg,
+    /// The image's format [default: mapped-ram; stream into a pipe, a FIFO or -]
+    #[arg(long, value_enum)]
+    pub format: Option<FormatArg>,
+
+    /// Write into the file IMAGE, which must exist, from this offset on (0x10000, 64K, 1M, 2G)
+    ///
+    /// What the file has before N stays as it is; what it has behind is lost and needs --overwrite. The file is
+    /// written in place, so this cannot be undone: after a save that failed there is no image, old or new. What
+    /// tells an image, its first bytes, is written last, so that half of one never passes for the whole.
+    #[arg(long, value_name = "N", value_parser = bytes)]
+    pub offset: Option<u64>,
 
     /// How many channels write in parallel (1 to 255) [default: one per processor, 2 to 8]
     #[arg(long, value_name = "N", aliases = ["parallel-channels", "parallel-connections"],
@@ -78,6 +87,8 @@ pub struct Save {
     pub record: RecordArgs,
 
     /// Replace IMAGE if it exists; the old one stays whole until the new one is
+    ///
+    /// Of a block device, or of a file with --offset, what is there is overwritten in place.
     #[arg(long)]
     pub overwrite: bool,
 
@@ -85,9 +96,21 @@ pub struct Save {
     #[arg(long)]
     pub no_sync: bool,
 
-    /// The permission bits of the image
+    /// The permission bits of a new file
     #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = octal)]
     pub mode: u32,
+
+    /// Whom a new file is given to: names or numbers
+    #[arg(long, value_name = "USER[:GROUP]")]
+    pub owner: Option<Owner>,
+
+    /// Say what would be written, how and whether it fits; the guest is not stopped, nothing is left behind
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Give up where QEMU takes longer to answer a command [default: wait]
+    #[arg(long, value_name = "SECS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub timeout: Option<u64>,
 
     /// QEMU's process, where vmstate should not look for it itself (containers)
     #[arg(long, value_name = "PID")]
@@ -99,8 +122,12 @@ pub struct Save {
 
 #[derive(Debug, ClapArgs)]
 pub struct Restore {
-    /// The image to read
+    /// The image to read: a file or a block device
     pub image: PathBuf,
+
+    /// Where in IMAGE it starts (0x10000, 64K, 1M, 2G)
+    #[arg(long, value_name = "N", default_value = "0", value_parser = bytes)]
+    pub offset: u64,
 
     /// How the guest comes back: everything first (eager) is what there is; auto takes it
     #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
@@ -163,6 +190,10 @@ pub struct Resume {
 pub struct Inspect {
     /// The image to read: mapped-ram or stream, by vmstate or by QEMU
     pub image: PathBuf,
+
+    /// Where in IMAGE it starts (0x10000, 64K, 1M, 2G)
+    #[arg(long, value_name = "N", default_value = "0", value_parser = bytes)]
+    pub offset: u64,
 
     /// Print one JSON object
     #[arg(long)]
@@ -254,7 +285,10 @@ pub enum RestoreViaArg {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FormatArg {
+    /// Pages at fixed offsets, written and read in parallel
     MappedRam,
+    /// One record after the other: every QEMU reads it
+    Stream,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -291,6 +325,33 @@ impl Args {
     }
 }
 
+impl Save {
+    /// Whether the image goes to the standard output, so that nothing else may.
+    pub fn takes_stdout(&self) -> bool {
+        !self.dry_run && ["-", "/dev/stdout"].iter().any(|name| self.image.as_os_str() == *name)
+    }
+}
+
+/// A number of bytes: decimal, decimal with K, M, G or T for the powers of 1024, or hexadecimal.
+fn bytes(text: &str) -> Result<u64, String> {
+    let wanted = || "a number of bytes is wanted, for example 4096, 64K, 1M, 2G or 0x10000".to_owned();
+    if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        return u64::from_str_radix(hex, 16).map_err(|_| wanted());
+    }
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(wanted()),
+    };
+    let number: u64 = digits.parse().map_err(|_| wanted())?;
+    let bytes = number.checked_mul(1 << shift).filter(|bytes| i64::try_from(*bytes).is_ok());
+    bytes.ok_or_else(|| format!("{text} is more than a file can have"))
+}
+
 fn octal(text: &str) -> Result<u32, String> {
     match u32::from_str_radix(text, 8) {
         Ok(mode) if mode <= 0o777 => Ok(mode),
@@ -306,6 +367,69 @@ mod tests {
     #[test]
     fn the_grammar_is_consistent() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn offsets_are_decimal_hexadecimal_or_have_a_unit() {
+        let wanted = "a number of bytes is wanted, for example 4096, 64K, 1M, 2G or 0x10000";
+        for (text, expected) in [
+            ("0", Ok(0)),
+            ("4096", Ok(4096)),
+            ("0x10000", Ok(65536)),
+            ("64K", Ok(65536)),
+            ("64k", Ok(65536)),
+            ("1M", Ok(1 << 20)),
+            ("2G", Ok(2 << 30)),
+            ("1T", Ok(1 << 40)),
+            ("", Err(wanted.to_owned())),
+            ("K", Err(wanted.to_owned())),
+            ("-1", Err(wanted.to_owned())),
+            ("1 M", Err(wanted.to_owned())),
+            ("1MiB", Err(wanted.to_owned())),
+            ("0x", Err(wanted.to_owned())),
+            ("0x1M", Err(wanted.to_owned())),
+            ("8388608T", Err("8388608T is more than a file can have".to_owned())),
+            ("18446744073709551615", Err("18446744073709551615 is more than a file can have".to_owned())),
+        ] {
+            assert_eq!(bytes(text), expected, "{text}");
+        }
+    }
+
+    fn save(line: &str) -> Result<Save, clap::error::ErrorKind> {
+        let line = ["vmstate", "save", "--qmp", "q"].into_iter().chain(line.split_whitespace());
+        match Args::try_parse_from(line).map_err(|error| error.kind())?.command {
+            Command::Save(save) => Ok(save),
+            _ => panic!("not a save"),
+        }
+    }
+
+    #[test]
+    fn targets_of_a_save_are_named_and_bounded() {
+        let parsed =
+            save("--offset 1M --owner 0:0 --timeout 5 --format stream --dry-run i").expect("all of it");
+        assert_eq!((parsed.offset, parsed.timeout, parsed.dry_run), (Some(1 << 20), Some(5), true));
+        assert_eq!(parsed.owner, Some(Owner { user: Some(0), group: Some(0) }));
+        assert_eq!(parsed.format, Some(FormatArg::Stream));
+        assert_eq!(save("i").expect("the least").format, None);
+        for line in
+            ["--offset x i", "--owner no-such-user-here i", "--timeout 0 i", "--format raw i", "--mode 8 i"]
+        {
+            let refused = save(line).expect_err(line);
+            let bad_value = matches!(
+                refused,
+                clap::error::ErrorKind::ValueValidation | clap::error::ErrorKind::InvalidValue
+            );
+            assert!(bad_value, "{line}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn the_standard_output_is_left_to_an_image_that_goes_there() {
+        for (line, expected) in
+            [("-", true), ("/dev/stdout", true), ("./-", false), ("i", false), ("--dry-run -", false)]
+        {
+            assert_eq!(save(line).expect(line).takes_stdout(), expected, "{line}");
+        }
     }
 
     #[test]

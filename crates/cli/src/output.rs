@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -30,9 +31,20 @@ pub fn fail(error: &Error, as_json: bool) -> ExitCode {
     ExitCode::from(if error.kind() == Kind::Interrupted { EXIT_INTERRUPTED } else { EXIT_FAILED })
 }
 
+/// Whether the standard output is an image's.
+static STDOUT_IS_TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// Leaves the standard output to an image: everything that would be printed there goes to stderr.
+pub fn leave_stdout() {
+    STDOUT_IS_TAKEN.store(true, Ordering::Relaxed);
+}
+
 /// Prints a line of data.
 pub fn line(text: impl AsRef<str>) {
     use std::io::Write;
+    if STDOUT_IS_TAKEN.load(Ordering::Relaxed) {
+        return say(text);
+    }
     // A reader that has gone (a closed pipe) has read all it wanted.
     let _ = writeln!(std::io::stdout(), "{}", text.as_ref());
 }

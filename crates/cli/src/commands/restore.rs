@@ -32,7 +32,7 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
     let (ModeArg::Auto | ModeArg::Eager) = args.mode;
     let settings = RestoreSettings {
         image: args.image,
-        offset: 0,
+        offset: args.offset,
         target,
         via: match args.via {
             RestoreViaArg::Auto => Via::Auto,

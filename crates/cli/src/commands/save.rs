@@ -1,22 +1,31 @@
 //! `vmstate save`.
 
+use std::time::Duration;
+
 use serde_json::{Map, json};
-use vmstate::{SaveReport, SaveSettings, Then, Via};
+use vmstate::{Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, Via};
 
 use super::Outcome;
 use crate::args::{FormatArg, Save, ThenArg, ViaArg};
-use crate::output::{Reporter, line, ms, print_json, say, size, time};
+use crate::output::{Reporter, leave_stdout, line, ms, print_json, say, size, time};
 use crate::signals::cancel_on_signals;
 
 /// Saves a guest.
 pub fn run(args: Save) -> vmstate::Result<Outcome> {
-    let FormatArg::MappedRam = args.format;
+    if args.takes_stdout() {
+        leave_stdout();
+    }
     let settings = SaveSettings {
         via: match args.via {
             ViaArg::Auto => Via::Auto,
             ViaArg::Direct => Via::Direct,
             ViaArg::Qemu => Via::Qemu,
         },
+        format: args.format.map(|format| match format {
+            FormatArg::MappedRam => SaveFormat::MappedRam,
+            FormatArg::Stream => SaveFormat::Stream,
+        }),
+        offset: args.offset,
         channels: args.channels,
         direct_io: args.direct_io.choice(),
         then: match args.then {
@@ -28,11 +37,22 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
         overwrite: args.overwrite,
         sync: !args.no_sync,
         mode: args.mode,
+        owner: args.owner.unwrap_or_default(),
+        timeout: args.timeout.map(Duration::from_secs),
         pid: args.pid,
         ..SaveSettings::new(args.qmp, args.image)
     };
     let cancel = cancel_on_signals()?;
-    let report = vmstate::save(&settings, &cancel, &Reporter { verbose: args.report.verbose })?;
+    let reporter = Reporter { verbose: args.report.verbose };
+    if args.dry_run {
+        let rehearsal = vmstate::rehearse(&settings, &cancel, &reporter)?;
+        match args.report.json {
+            true => print_json(&rehearsal_as_json(&rehearsal)),
+            false => tell(&settings, &rehearsal),
+        }
+        return Ok(if rehearsal.fits { Outcome::Done } else { Outcome::No });
+    }
+    let report = vmstate::save(&settings, &cancel, &reporter)?;
     if args.report.verbose {
         phases(&report);
     }
@@ -57,6 +77,49 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
+/// Says what a save would do.
+fn tell(settings: &SaveSettings, rehearsal: &Rehearsal) {
+    let because = rehearsal.reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
+    line(format!(
+        "{} would be saved via {}{because} as {}",
+        settings.image.display(),
+        rehearsal.via.name(),
+        rehearsal.format.name()
+    ));
+    line(format!("  memory      {}", size(rehearsal.ram_bytes)));
+    line(format!("  to write    {} at the most", size(rehearsal.bytes_max)));
+    match rehearsal.room_bytes {
+        Some(room) => line(format!(
+            "  room        {}: {}",
+            size(room),
+            if rehearsal.fits { "it fits" } else { "it does not fit" }
+        )),
+        None => line("  room        not limited"),
+    }
+    match &rehearsal.direct_io_reason {
+        Some(reason) => line(format!("  direct I/O  no: {reason}")),
+        None => line("  direct I/O  yes"),
+    }
+    if let Some(expected) = rehearsal.expected {
+        line(format!("  time        {} at the most, by a short trial", time(expected)));
+    }
+}
+
+fn rehearsal_as_json(rehearsal: &Rehearsal) -> serde_json::Value {
+    json!({
+        "via": rehearsal.via.name(),
+        "reason": rehearsal.reason,
+        "format": rehearsal.format.name(),
+        "ram_bytes": rehearsal.ram_bytes,
+        "bytes_max": rehearsal.bytes_max,
+        "room_bytes": rehearsal.room_bytes,
+        "fits": rehearsal.fits,
+        "direct_io": rehearsal.direct_io,
+        "direct_io_reason": rehearsal.direct_io_reason,
+        "expected_ms": rehearsal.expected.map(ms),
+    })
+}
+
 fn phases(report: &SaveReport) {
     for (name, took) in &report.phases.0 {
         say(format!("  {name:<13} {:>9}", time(*took)));
@@ -69,7 +132,9 @@ fn as_json(report: &SaveReport) -> serde_json::Value {
     json!({
         "via": report.via.name(),
         "reason": report.reason,
+        "format": report.format.name(),
         "direct_io": report.direct_io,
+        "direct_io_reason": report.direct_io_reason,
         "channels": report.channels,
         "run_state": report.run_state,
         "data_bytes": report.data_bytes,
