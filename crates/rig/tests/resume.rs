@@ -187,7 +187,7 @@ fn the_next_save_clears_what_a_killed_one_left_and_says_so() {
         let warnings = hook.warnings();
         let warning = format!(
             "process {pid} was killed while it saved this guest and left it paused: what it left is cleared, and the \
-             guest counts as running (`vmstate resume` would only have brought it back)"
+             guest counts as running; vmstate resume brings such a guest back without saving it"
         );
         assert_eq!(warnings.first(), Some(&warning), "{name}");
         assert_eq!(status(&qemu), if then == Then::Pause { "paused" } else { "running" }, "{name}");

@@ -101,7 +101,7 @@ fn take_over(mut client: Client, left: Leftovers, observer: &dyn Observer) -> Re
     observer.warn(&match &cleared.stopped {
         Some(state) => format!(
             "{saver} was killed while it saved this guest and left it paused: what it left is cleared, and the guest \
-             counts as {state} (`vmstate resume` would only have brought it back)"
+             counts as {state}; vmstate resume brings such a guest back without saving it"
         ),
         None => format!("{saver} was killed while it saved this guest: what it left in QEMU is cleared"),
     });
