@@ -86,7 +86,7 @@ pub struct SectionSummary {
 /// Of a mapped-ram image some kilobytes a block are read; a stream is read whole.
 ///
 /// # Errors
-/// [`Kind::Damaged`] at the first fault, with file, offset and field; [`Kind::Unsupported`]; [`Kind::Io`].
+/// [`Kind::Damaged`](crate::Kind::Damaged) at the first fault, with file, offset and field; [`Kind::Unsupported`](crate::Kind::Unsupported); [`Kind::Io`](crate::Kind::Io).
 pub fn info(path: &Path) -> Result<ImageInfo> {
     info_at(path, 0)
 }

@@ -79,6 +79,22 @@ pub struct RestoreSettings {
     pub force: bool,
 }
 
+impl RestoreSettings {
+    /// The defaults of the command line.
+    pub fn new(image: impl Into<PathBuf>, target: Target) -> RestoreSettings {
+        RestoreSettings {
+            image: image.into(),
+            offset: 0,
+            target,
+            via: Via::Auto,
+            channels: None,
+            direct_io: DirectIo::Auto,
+            record: Record::AsItWas,
+            force: false,
+        }
+    }
+}
+
 /// What a restore did.
 #[derive(Debug)]
 pub struct RestoreReport {
