@@ -59,9 +59,12 @@ fn status(qemu: &Qemu) -> String {
 
 /// QEMU's settings and descriptors, with the guest paused, and the ids of its objects.
 fn footprint(qemu: &Qemu) -> (Footprint, Value) {
-    other(qemu).stop().unwrap();
+    // Held until all is counted: QEMU greets it when the connection before it is closed, so that what is counted of
+    // this monitor is always one.
+    let mut other = other(qemu);
+    other.stop().unwrap();
     let footprint = Footprint::of(&qemu.qmp_path(), qemu.pid());
-    let objects = other(qemu).execute("qom-list", json!({ "path": "/objects" })).unwrap();
+    let objects = other.execute("qom-list", json!({ "path": "/objects" })).unwrap();
     (footprint, objects)
 }
 

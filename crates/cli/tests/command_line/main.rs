@@ -57,9 +57,12 @@ fn other(qemu: &Qemu) -> Client {
 
 /// QEMU's footprint with the guest paused: the devices of one that runs hold descriptors of their own.
 fn paused_footprint(qemu: &Qemu) -> Footprint {
-    other(qemu).stop().unwrap();
+    // Held until all is counted: QEMU greets it when the connection before it is closed, so that what is counted of
+    // this monitor is always one.
+    let mut other = other(qemu);
+    other.stop().unwrap();
     let footprint = Footprint::of(&qemu.qmp_path(), qemu.pid());
-    other(qemu).cont().unwrap();
+    other.cont().unwrap();
     footprint
 }
 
