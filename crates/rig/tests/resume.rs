@@ -312,6 +312,54 @@ fn the_migration_of_a_killed_save_is_cancelled_and_another_is_not() {
     drop(socket);
 }
 
+/// Leaves a note as a save does.
+fn leave_note(qemu: &Qemu, note: &str) {
+    let arguments = json!({ "qom-type": "secret", "id": "vmstate-note-77-0.0", "data": note });
+    other(qemu).execute("object-add", arguments).unwrap();
+}
+
+#[test]
+fn a_save_of_another_host_counts_as_killed_only_by_force() {
+    let qemu = booted();
+    let before = footprint(&qemu);
+    let note = json!({ "pid": 77, "start": 1, "host": "c0ffee12-1", "session": 0, "serial": 0, "stopped": "running" });
+    leave_note(&qemu, &note.to_string());
+    let dir = images();
+    let cancel = Cancel::new().unwrap();
+    for error in [
+        resume_at(qemu.qmp_path()).unwrap_err(),
+        vmstate::save(&settings(&qemu, &dir.path().join("vm.img"), Via::Auto), &cancel, &vmstate::Unobserved)
+            .unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), Kind::Peer);
+        assert_eq!(error.to_string(), "process 77 of another host or container has begun to save this guest");
+        assert_eq!(error.hint_text(), Some("if it is gone, clear what it left: vmstate resume --force"));
+    }
+    assert_eq!(status(&qemu), "paused");
+    assert_eq!(names_in(dir.path()), [""; 0]);
+    let forced = ResumeSettings { qmp: QmpAddress::Unix(qemu.qmp_path()), force: true };
+    let report = vmstate::resume(&forced, &cancel, &vmstate::Unobserved).unwrap();
+    assert_eq!(
+        (report.cleared.saver_pid, report.resumed, report.run_state.as_str()),
+        (Some(77), true, "running")
+    );
+    assert_untouched(&qemu, &before, "forced");
+}
+
+#[test]
+fn a_note_that_cannot_be_read_is_named_and_left() {
+    let qemu = booted();
+    for note in ["{}", "not JSON", &"[".repeat(70_000)] {
+        leave_note(&qemu, note);
+        let error = resume_at(qemu.qmp_path()).unwrap_err();
+        assert_eq!(error.to_string(), "the note `vmstate-note-77-0.0` in QEMU is of an unknown form");
+        let hint = "another version of vmstate left it; remove it with the QMP command object-del of vmstate-note-77-0.0";
+        assert_eq!(error.hint_text(), Some(hint));
+        other(&qemu).execute("object-del", json!({ "id": "vmstate-note-77-0.0" })).unwrap();
+    }
+    assert_eq!(status(&qemu), "running");
+}
+
 #[test]
 fn a_qemu_that_no_save_was_killed_on_is_left_alone() {
     let qemu = booted();
