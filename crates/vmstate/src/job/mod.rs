@@ -1,5 +1,6 @@
 //! The jobs: each is a composition of sources and sinks, run by [`save()`], [`restore()`] and so on.
 
+pub mod ceiling;
 mod inspect;
 mod restore;
 mod resume;
