@@ -6,11 +6,12 @@
 //! - [`QemuSpec`] describes a QEMU, [`Qemu`] is one that runs, [`Serial`] follows its console.
 //! - [`LinuxGuest`] is a kernel and an initramfs that keep printing the digest of a file in RAM.
 //!
-//! - [`mod@demo`] shows the main job on the built-in guest.
+//! - [`mod@demo`] shows the main job on the built-in guest, [`mod@bench`] measures it.
 //!
-//! But for the demonstration, nothing here issues a QMP command: that is the caller's business.
+//! But for these two, nothing here issues a QMP command: that is the caller's business.
 
 mod assets;
+pub mod bench;
 pub mod demo;
 mod error;
 mod guest;
