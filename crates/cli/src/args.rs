@@ -33,6 +33,8 @@ pub enum Command {
     Check(Inspect),
     /// Boot the built-in guest, save it, restore it, and compare with QEMU's own best way
     Demo(Demo),
+    /// Compare QEMU's own ways of saving and restoring with ours, in real QEMUs
+    Bench(Bench),
     /// Print a completion script for a shell
     Completions {
         /// Which shell
@@ -216,6 +218,49 @@ pub struct Demo {
 }
 
 #[derive(Debug, ClapArgs)]
+pub struct Bench {
+    /// The guests' memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u64).range(64..=1_048_576))]
+    pub memory: u64,
+
+    /// Where the guests' memory comes from; may be given again [default: all three]
+    #[arg(long, value_enum)]
+    pub backend: Vec<BackendArg>,
+
+    /// Only saves, or only restores
+    #[arg(long, value_enum, value_name = "JOB")]
+    pub only: Option<BenchJobArg>,
+
+    /// Where the images go, four times the guests' memory [default: the current directory]
+    #[arg(long, value_name = "DIR")]
+    pub directory: Option<PathBuf>,
+
+    /// How many rounds a ratio is measured in [default: 9, fewer where that takes ten minutes]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=999))]
+    pub rounds: Option<u16>,
+
+    /// How often the other rows are measured [default: 3, fewer where that takes ten minutes]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=999))]
+    pub repeat: Option<u16>,
+
+    /// Three rounds, and every row once: too few for a verdict
+    #[arg(long)]
+    pub quick: bool,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+
+    /// Print tables for a document
+    #[arg(long, conflicts_with = "json")]
+    pub markdown: bool,
+
+    /// Draw a picture, too
+    #[arg(long, value_name = "FILE.svg")]
+    pub plot: Option<PathBuf>,
+}
+
+#[derive(Debug, ClapArgs)]
 pub struct DirectIoArgs {
     /// Whether pages bypass the page cache; auto asks the file and tries it
     #[arg(long, value_enum, default_value_t = DirectIoArg::Auto)]
@@ -311,6 +356,19 @@ pub enum ThenArg {
     Quit,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BackendArg {
+    Private,
+    Memfd,
+    File,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchJobArg {
+    Save,
+    Restore,
+}
+
 impl Args {
     /// Whether errors, too, are to be JSON.
     pub fn wants_json(&self) -> bool {
@@ -320,6 +378,7 @@ impl Args {
             Command::Resume(args) => args.report.json,
             Command::Info(args) | Command::Check(args) => args.json,
             Command::Demo(args) => args.json,
+            Command::Bench(args) => args.json,
             Command::Completions { .. } | Command::Man => false,
         }
     }

@@ -1,5 +1,6 @@
 //! One file per command: each turns its arguments into a job's settings and its report into words.
 
+mod bench;
 mod check;
 mod demo;
 mod info;
@@ -30,6 +31,7 @@ pub fn run(args: Args) -> vmstate::Result<Outcome> {
         Command::Info(args) => info::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "vmstate", &mut std::io::stdout());
             Ok(Outcome::Done)

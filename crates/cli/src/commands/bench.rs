@@ -1,0 +1,139 @@
+//! `vmstate bench`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use lab::bench::{Backend, BenchSettings, Style, render, svg};
+use lab::demo::Narrator;
+use vmstate::{Error, Kind};
+
+use super::Outcome;
+use crate::args::{BackendArg, Bench, BenchJobArg};
+use crate::output::{line, print_json, say};
+use crate::signals::cancel_on_signals;
+
+/// How long a run may take that was not told how often to measure.
+const TIME_LIMIT: Duration = Duration::from_secs(9 * 60);
+const ROUNDS: u16 = 9;
+const REPEATS: u16 = 3;
+/// As few as show that everything works.
+const ROUNDS_QUICK: u16 = 3;
+const REPEATS_QUICK: u16 = 1;
+
+/// Tells how it goes on stderr: stdout is for the table.
+struct Teller;
+
+impl Narrator for Teller {
+    fn tell(&self, sentence: &str) {
+        say(sentence);
+    }
+}
+
+/// Compares QEMU's own ways with ours.
+pub fn run(args: &Bench) -> vmstate::Result<Outcome> {
+    let cancel = cancel_on_signals()?;
+    let directory = match &args.directory {
+        Some(directory) => directory.clone(),
+        None => std::env::current_dir().map_err(|error| Error::io("there is no current directory", error))?,
+    };
+    // Before minutes are spent on a picture that cannot be written.
+    if let Some(path) = &args.plot {
+        require_directory(path)?;
+    }
+    let report = lab::bench::bench(&settings(args, directory), &cancel, &Teller)?;
+    if let Some(path) = &args.plot {
+        std::fs::write(path, svg(&report))
+            .map_err(|error| Error::io(format!("cannot write {}", path.display()), error))?;
+    }
+    if args.json {
+        let value = serde_json::to_value(&report)
+            .map_err(|error| Error::new(Kind::Misuse, "the report is no JSON").because(error))?;
+        print_json(&value);
+    } else {
+        let style = if args.markdown { Style::Markdown } else { Style::Text };
+        line(render(&report, style).trim_end());
+    }
+    Ok(Outcome::Done)
+}
+
+fn settings(args: &Bench, directory: PathBuf) -> BenchSettings {
+    let (rounds, repeats) = if args.quick { (ROUNDS_QUICK, REPEATS_QUICK) } else { (ROUNDS, REPEATS) };
+    let backends: Vec<Backend> = args.backend.iter().map(|backend| backend.choice()).collect();
+    // Whoever says how often gets it, however long it takes.
+    let is_told = args.rounds.is_some() || args.repeat.is_some();
+    BenchSettings {
+        memory_mib: args.memory,
+        backends: if backends.is_empty() { Backend::ALL.to_vec() } else { backends },
+        saves: args.only != Some(BenchJobArg::Restore),
+        restores: args.only != Some(BenchJobArg::Save),
+        directory,
+        rounds: args.rounds.unwrap_or(rounds).into(),
+        repeats: args.repeat.unwrap_or(repeats).into(),
+        time_limit: (!is_told).then_some(TIME_LIMIT),
+    }
+}
+
+fn require_directory(path: &Path) -> vmstate::Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if parent.is_dir() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Misuse, format!("{} is no directory", parent.display()))
+        .hint("create it first, or give another name for the picture"))
+}
+
+impl BackendArg {
+    fn choice(self) -> Backend {
+        match self {
+            BackendArg::Private => Backend::Private,
+            BackendArg::Memfd => Backend::Memfd,
+            BackendArg::File => Backend::File,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::{Args, Command};
+    use clap::Parser;
+
+    fn settings_of(line: &str) -> BenchSettings {
+        let args = Args::parse_from(["vmstate", "bench"].into_iter().chain(line.split_whitespace()));
+        let Command::Bench(args) = args.command else { panic!("not a bench") };
+        settings(&args, PathBuf::from("/images"))
+    }
+
+    #[test]
+    fn a_run_has_a_limit_unless_it_is_told_how_often() {
+        for (line, rounds, repeats, is_limited) in [
+            ("", 9, 3, true),
+            ("--quick", 3, 1, true),
+            ("--rounds 21", 21, 3, false),
+            ("--quick --repeat 2", 3, 2, false),
+        ] {
+            let found = settings_of(line);
+            assert_eq!((found.rounds, found.repeats), (rounds, repeats), "{line}");
+            assert_eq!(found.time_limit.is_some(), is_limited, "{line}");
+        }
+    }
+
+    #[test]
+    fn what_is_measured_can_be_narrowed() {
+        let all = settings_of("");
+        assert_eq!((all.backends, all.saves, all.restores), (Backend::ALL.to_vec(), true, true));
+        let some = settings_of("--only save --backend memfd --backend private");
+        assert_eq!(
+            (some.backends, some.saves, some.restores),
+            (vec![Backend::Memfd, Backend::Private], true, false)
+        );
+        assert!(!settings_of("--only restore").saves);
+    }
+
+    #[test]
+    fn a_picture_that_cannot_be_written_is_told_before_the_run() {
+        let error = require_directory(Path::new("/no/such/picture.svg")).unwrap_err();
+        assert_eq!(error.to_string(), "/no/such is no directory");
+        require_directory(Path::new("picture.svg")).unwrap();
+    }
+}
