@@ -1,0 +1,126 @@
+//! The benchmark on real QEMUs: that it measures what it says, never how fast anything is.
+
+use std::path::Path;
+use std::sync::Mutex;
+
+use lab::bench::{
+    Backend, BenchReport, BenchSettings, Job, Load, Rival, Style, Verdict, Way, bench, render, svg,
+};
+use lab::demo::Narrator;
+use vmstate::{Cancel, Kind};
+
+const MEMORY_MIB: u64 = 256;
+const MIB: u64 = 1 << 20;
+
+/// Where the images of this test lie: on the disk that the tree lies on.
+fn directory() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory")
+}
+
+fn settings(directory: &Path) -> BenchSettings {
+    BenchSettings {
+        memory_mib: MEMORY_MIB,
+        backends: vec![Backend::Memfd],
+        saves: true,
+        restores: true,
+        directory: directory.to_owned(),
+        rounds: 1,
+        repeats: 1,
+        time_limit: None,
+    }
+}
+
+struct Silent;
+
+impl Narrator for Silent {
+    fn tell(&self, _sentence: &str) {}
+}
+
+/// Gives up as soon as something was said that holds these words.
+struct Interrupter {
+    words: &'static str,
+    cancel: Cancel,
+    said: Mutex<Vec<String>>,
+}
+
+impl Narrator for Interrupter {
+    fn tell(&self, sentence: &str) {
+        self.said.lock().expect("a lock").push(sentence.to_owned());
+        if sentence.contains(self.words) {
+            self.cancel.cancel();
+        }
+    }
+}
+
+#[test]
+fn every_way_has_its_row_and_the_sizes_are_plausible() {
+    let directory = directory();
+    let cancel = Cancel::new().expect("an eventfd");
+    let report = bench(&settings(directory.path()), &cancel, &Silent)
+        .unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!(std::fs::read_dir(directory.path()).expect("the directory").count(), 0, "images were left");
+
+    for job in [Job::Save, Job::Restore] {
+        for load in [Load::Dirty, Load::Idle] {
+            rows_are_plausible(&report, job, load);
+        }
+    }
+    let whats: Vec<_> = report.ceilings.iter().map(|ceiling| ceiling.what).collect();
+    assert_eq!(whats, ["write a new file", "write over a file", "read a file", "fill fresh shared memory"]);
+    let compared: Vec<_> =
+        report.comparisons.iter().map(|found| (found.job, found.load, found.rival)).collect();
+    assert_eq!(
+        compared,
+        [
+            (Job::Save, Load::Dirty, Rival::QemuBest),
+            (Job::Save, Load::Dirty, Rival::Ceiling),
+            (Job::Restore, Load::Dirty, Rival::QemuBest),
+            (Job::Restore, Load::Dirty, Rival::Ceiling),
+            (Job::Save, Load::Idle, Rival::QemuBest),
+            (Job::Save, Load::Idle, Rival::Allowance),
+        ]
+    );
+    // One round says nothing, and a small guest nothing of a large one.
+    for comparison in &report.comparisons {
+        let is_open = matches!(comparison.verdict, Verdict::TooFewRounds | Verdict::SmallGuest);
+        assert!(is_open, "{comparison:?}");
+    }
+    assert!(render(&report, Style::Text).contains("Restore of the idle guest"));
+    assert!(svg(&report).ends_with("</svg>\n"));
+}
+
+fn rows_are_plausible(report: &BenchReport, job: Job, load: Load) {
+    let rows: Vec<_> = report.rows.iter().filter(|row| row.job == job && row.load == load).collect();
+    let left_out = report.notes.iter().filter(|note| note.starts_with("no QEMU")).count();
+    assert_eq!(rows.len(), Way::ALL.len() - left_out, "{:?}", report.notes);
+    for row in rows {
+        assert!(row.count > 0 && row.time_ms > 0.0 && row.time_min_ms <= row.time_max_ms, "{row:?}");
+        // The guest leaves a few MiB to the firmware, which touches some pages itself.
+        let (least, most) = match load {
+            Load::Dirty => ((MEMORY_MIB - 8) * MIB, (MEMORY_MIB + 8) * MIB),
+            Load::Idle => (8 * MIB, 24 * MIB),
+        };
+        assert!((least..=most).contains(&row.data_bytes), "{row:?}");
+        assert!((least..=most + 8 * MIB).contains(&row.disk_bytes), "{row:?}");
+        assert!(row.file_bytes >= least, "{row:?}");
+        assert_eq!(row.via.is_some(), row.way == Way::Vmstate, "{row:?}");
+        if row.way == Way::Vmstate && job == Job::Save {
+            // What QEMU's own scan for zeros costs, and ours does not.
+            assert!(row.qemu_growth_bytes < 32 << 20, "{row:?}");
+        }
+    }
+}
+
+#[test]
+fn a_run_that_is_interrupted_leaves_nothing() {
+    for words in ["save of the dirty", "rounds against"] {
+        let directory = directory();
+        let cancel = Cancel::new().expect("an eventfd");
+        let narrator = Interrupter { words, cancel: cancel.clone(), said: Mutex::default() };
+        let error = bench(&settings(directory.path()), &cancel, &narrator).expect_err("an interruption");
+        assert_eq!((error.kind(), error.to_string().as_str()), (Kind::Interrupted, "interrupted"));
+        let said = narrator.said.lock().expect("a lock");
+        assert!(said.last().is_some_and(|last| last.contains(words)), "{said:?}");
+        assert_eq!(std::fs::read_dir(directory.path()).expect("the directory").count(), 0, "{words}");
+    }
+}
