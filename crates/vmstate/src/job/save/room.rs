@@ -1,6 +1,6 @@
 //! Whether a guest fits where it is to go, and how fast that place is, found out before the guest is stopped.
 
-use io::{Rates, Scratch, Supply, Target};
+use io::{Rates, Target};
 use mem::GuestRam;
 
 use super::{SaveFormat, SaveSettings};
@@ -31,17 +31,27 @@ pub(super) fn present_bytes(ram: &GuestRam) -> Result<u64> {
 }
 
 /// How many bytes the pages have that would be written now: those that are there and not zero.
+///
+/// They are read like any memory, not supplied as to lanes: what was supplied once counts as part of the image.
 fn data_bytes(ram: &GuestRam) -> Result<u64> {
     let mut sum = 0;
-    let mut scratch = Scratch::new(1).map_err(|error| Error::io("no memory for a buffer", error))?;
+    let mut bytes = Vec::new();
     for region in 0..ram.regions() {
-        let name = &ram.block(region).name;
-        let unread = |error| Error::io(format!("cannot read `{name}`"), error);
+        let block = ram.block(region);
+        let unread = |error| Error::io(format!("cannot read `{}`", block.name), error);
         for window in ram.windows(region).map_err(unread)? {
-            let piece = ram.piece(region, &window.map_err(unread)?, 0);
-            scratch.reserve(piece.len as usize).map_err(unread)?;
-            let supplied = ram.supply(&piece, &mut scratch).map_err(unread)?;
-            sum += piece.bytes_in(&supplied.write);
+            let window = window.map_err(unread)?;
+            for (start, end) in window.mask.runs() {
+                let at = |page: usize| ((window.first.0 + page as u64) * block.page_size).min(block.length);
+                // A window at the most.
+                bytes.resize((at(end) - at(start)) as usize, 0);
+                ram.read(region, at(start), &mut bytes).map_err(unread)?;
+                let pages = bytes.chunks(block.page_size as usize);
+                sum += pages
+                    .filter(|page| page.iter().any(|byte| *byte != 0))
+                    .map(|page| page.len() as u64)
+                    .sum::<u64>();
+            }
         }
     }
     Ok(sum)
