@@ -1,5 +1,4 @@
 //! How things are said: errors with their hints, sizes and times as people read them.
-#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,9 +23,9 @@ pub fn fail(error: &Error, as_json: bool) -> ExitCode {
             "hint": error.hint_text(),
         }));
     }
-    eprintln!("error: {}", error.chain());
+    say(format!("error: {}", error.chain()));
     if let Some(hint) = error.hint_text() {
-        eprintln!("hint: {hint}");
+        say(format!("hint: {hint}"));
     }
     ExitCode::from(if error.kind() == Kind::Interrupted { EXIT_INTERRUPTED } else { EXIT_FAILED })
 }
@@ -56,7 +55,9 @@ pub fn print_json(value: &Value) {
 
 /// Says something on stderr.
 pub fn say(text: impl AsRef<str>) {
-    eprintln!("{}", text.as_ref());
+    use std::io::Write;
+    // Whoever closed it does not want to know; the job goes on.
+    let _ = writeln!(std::io::stderr(), "{}", text.as_ref());
 }
 
 /// Tells what is going on as far as the user wants to know.

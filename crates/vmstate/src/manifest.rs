@@ -4,8 +4,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use wire::qemu::vmdesc::VmDescription;
 
 use crate::qmp::Version;
+use crate::{Error, Kind, Result};
 
 /// The manifest: an extra key in the JSON of the vmdescription, which QEMU reads past.
 ///
@@ -63,7 +65,7 @@ pub struct MemoryBackend {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Disk {
-    /// What tells it from the others: the device's QOM path or id, else the drive's id.
+    /// What tells it from the others: the drive's id, else the device's id or QOM path.
     pub device: String,
     /// The image's file name, as QEMU has it.
     pub file: String,
@@ -73,6 +75,8 @@ pub struct Disk {
     pub virtual_bytes: u64,
     /// Whether the guest cannot write it.
     pub read_only: bool,
+    /// Whether QEMU writes the file once more when it closes it, so that its time and length tell nothing.
+    pub written_at_close: bool,
     /// The file's length and time of change when the guest was stopped; `None` where it is no local file.
     pub state: Option<FileState>,
 }
@@ -101,6 +105,15 @@ impl FileState {
 }
 
 impl Manifest {
+    /// The manifest in the vmdescription of the image at `path`, which is for messages.
+    pub(crate) fn of(description: Option<VmDescription>, path: &Path) -> Result<Option<Manifest>> {
+        let Some(noted) = description.and_then(|description| description.vmstate) else { return Ok(None) };
+        serde_json::from_value(noted).map(Some).map_err(|error| {
+            let clause = format!("{}: the manifest is not as expected", path.display());
+            Error::new(Kind::Damaged, clause).because(error)
+        })
+    }
+
     /// The manifest of a save that is happening now.
     pub(crate) fn now(qemu: &Version, via: &str, run_state: &str, host: GuestFacts) -> Manifest {
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);

@@ -7,6 +7,7 @@
 mod disks;
 mod ends;
 mod lacking;
+mod late;
 mod others;
 mod states;
 mod targets;

@@ -46,13 +46,23 @@ fn disk(entry: &Value) -> Option<Disk> {
     let inserted = entry.get("inserted")?;
     let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
     Some(Disk {
-        device: text(&entry["qdev"]).or_else(|| text(&entry["device"])).unwrap_or_default(),
+        // The drive's id is the user's own or counts disks; a path without an id counts all devices.
+        device: text(&entry["device"]).or_else(|| text(&entry["qdev"])).unwrap_or_default(),
         file: text(&inserted["file"]).unwrap_or_default(),
         format: text(&inserted["drv"]).unwrap_or_default(),
         virtual_bytes: inserted["image"]["virtual-size"].as_u64().unwrap_or_default(),
         read_only: inserted["ro"].as_bool().unwrap_or_default(),
+        written_at_close: written_at_close(&inserted["image"]),
         state: None,
     })
+}
+
+/// Whether QEMU writes the file once more when it closes it: a qcow2 with lazy reference counts is marked
+/// clean then, and one with persistent bitmaps gets them.
+fn written_at_close(image: &Value) -> bool {
+    let data = &image["format-specific"]["data"];
+    data["lazy-refcounts"].as_bool() == Some(true)
+        || data["bitmaps"].as_array().is_some_and(|bitmaps| !bitmaps.is_empty())
 }
 
 /// Runs a query; `Null` where QEMU refuses it.
@@ -114,14 +124,15 @@ mod tests {
         let answer = json!([
             { "device": "cd", "qdev": "/machine/unattached/device[9]" },
             { "device": "", "qdev": "disk0", "inserted": {
-                "file": "/a.qcow2", "drv": "qcow2", "ro": false, "image": { "virtual-size": 4096 } } },
+                "file": "/a.qcow2", "drv": "qcow2", "ro": false, "image": { "virtual-size": 4096,
+                    "format-specific": { "type": "qcow2", "data": { "lazy-refcounts": true } } } } },
             { "device": "boot", "inserted": { "file": "b.raw", "drv": "raw", "ro": true, "image": {} } },
         ]);
         let disks: Vec<_> = list(&answer).filter_map(disk).collect();
         let rows: Vec<_> = disks
             .iter()
-            .map(|d| (d.device.as_str(), d.format.as_str(), d.virtual_bytes, d.read_only))
+            .map(|d| (d.device.as_str(), d.virtual_bytes, d.read_only, d.written_at_close))
             .collect();
-        assert_eq!(rows, [("disk0", "qcow2", 4096, false), ("boot", "raw", 0, true)]);
+        assert_eq!(rows, [("disk0", 4096, false, true), ("boot", 0, true, false)]);
     }
 }

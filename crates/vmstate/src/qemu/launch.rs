@@ -151,7 +151,10 @@ impl Launched {
 
 /// What mends a disk that another QEMU still holds.
 pub(crate) fn lock_hint(text: &str) -> Option<String> {
-    text.contains("lock").then(|| {
+    // The words of QEMU's file-posix driver, and of its hint.
+    let held = text.contains("Failed to get") && text.contains(" lock")
+        || text.contains("Is another process using the image");
+    held.then(|| {
         "the guest that was saved may still hold its disks: end it first (vmstate save --then quit)"
             .to_owned()
     })
@@ -197,7 +200,12 @@ fn user_qmp(args: &[OsString]) -> Option<String> {
         is_qmp.then(|| value.to_string_lossy().into_owned())
     })?;
     let address = address.split(',').next().unwrap_or_default();
-    Some(address.strip_prefix("unix:").unwrap_or(address).to_owned())
+    // `stdio`, `pty` and the like cannot be connected to.
+    match (address.strip_prefix("unix:"), address.strip_prefix("tcp:")) {
+        (Some(path), _) => Some(path.strip_prefix("path=").unwrap_or(path).to_owned()),
+        (None, Some(_)) => Some(address.to_owned()),
+        (None, None) => None,
+    }
 }
 
 #[cfg(test)]
@@ -214,6 +222,8 @@ mod tests {
             ("-m 1G", None),
             ("-qmp unix:/run/vm.qmp,server=on,wait=off -m 1G", Some("/run/vm.qmp")),
             ("--qmp tcp:localhost:4444,server=on", Some("tcp:localhost:4444")),
+            ("-qmp unix:path=/run/vm.qmp,server=on", Some("/run/vm.qmp")),
+            ("-qmp stdio", None),
             ("-qmp", None),
         ] {
             assert_eq!(user_qmp(&args(line)).as_deref(), expected, "{line}");

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{FileType, SeekFrom, fstat, seek};
+use rustix::fs::{FileType, Mode, OFlags, SeekFrom, fstat, seek};
 use wire::mapped_ram::survey::{LayoutSurvey, SurveyStep};
 use wire::qemu::format::{QEMU_VM_EOF, QEMU_VM_SECTION_FOOTER, QEMU_VM_VMDESCRIPTION};
 use wire::qemu::{Witness, split_sections, vmdesc};
@@ -24,6 +24,32 @@ const FOOTER_LEN: usize = 5;
 /// How many places that look like one are tried: each may be as long as a description can be.
 const ENDS_TRIED_MAX: usize = 256;
 const DESCRIPTION_HEAD_LEN: usize = 5;
+
+/// Opens an image for reading. What is no file or device is refused, and opening a FIFO does not wait for a
+/// writer.
+///
+/// # Errors
+/// [`Kind::Io`]; [`Kind::Misuse`] where it is neither a file nor a block device.
+pub fn open_image(path: &Path) -> Result<File> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+    let file = rustix::fs::open(path, flags, Mode::empty())
+        .map(File::from)
+        .map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
+    is_device(&file, path)?;
+    Ok(file)
+}
+
+fn is_device(file: &File, path: &Path) -> Result<bool> {
+    let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
+    match FileType::from_raw_mode(fstat(file).map_err(cannot)?.st_mode) {
+        FileType::RegularFile => Ok(false),
+        FileType::BlockDevice => Ok(true),
+        _ => {
+            let clause = format!("{} is neither a regular file nor a block device", path.display());
+            Err(Error::new(Kind::Misuse, clause))
+        }
+    }
+}
 
 /// Where an image is in its file or device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,14 +71,7 @@ impl Bounds {
     /// `start`.
     pub fn of(file: &File, path: &Path, start: u64) -> Result<Bounds> {
         let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
-        let is_device = match FileType::from_raw_mode(fstat(file).map_err(cannot)?.st_mode) {
-            FileType::RegularFile => false,
-            FileType::BlockDevice => true,
-            _ => {
-                let clause = format!("{} is neither a regular file nor a block device", path.display());
-                return Err(Error::new(Kind::Misuse, clause));
-            }
-        };
+        let is_device = is_device(file, path)?;
         // A device has no length of its own, but its end can be sought.
         let end = seek(file, SeekFrom::End(0)).map_err(cannot)?;
         if start > end {

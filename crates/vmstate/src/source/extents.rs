@@ -4,7 +4,28 @@ use std::fs::File;
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
-use wire::FileRange;
+use wire::{Fault, FileRange};
+
+/// The most device state and vmdescription together that is read into memory.
+pub(crate) const TAIL_LEN_MAX: u64 = 1 << 30;
+/// Above this, metadata must be on the disk to be read: a hole costs whoever made the file nothing, and
+/// would cost us memory.
+const DENSE_ABOVE: u64 = 16 << 20;
+
+/// Says why a range of metadata is not to be read into memory: it is longer than any device state that vmstate
+/// handles, or it is mostly a hole, as no writer leaves it.
+pub(crate) fn unreadable(file: &File, file_len: u64, range: FileRange) -> Option<Fault> {
+    let len = range.len();
+    if len > TAIL_LEN_MAX {
+        let problem = format!("{len:#x} bytes are more than {TAIL_LEN_MAX:#x}");
+        return Some(Fault::unsupported(range.start, "device state", problem));
+    }
+    if len > DENSE_ABOVE && FileExtents::new(file, file_len).data_bytes(range) < len / 2 {
+        let problem = format!("most of its {len:#x} bytes are a hole of the file");
+        return Some(Fault::damaged(range.start, "device state", problem));
+    }
+    None
+}
 
 /// The data and holes of a file, remembered an extent at a time so that neighbouring questions cost one
 /// system call together.
@@ -65,6 +86,24 @@ impl<'a> FileExtents<'a> {
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn a_long_hole_is_not_read_and_what_is_written_is() {
+        let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let len = 64 << 20;
+        file.set_len(len).unwrap();
+        file.write_all_at(&vec![1; 20 << 20], 0).unwrap();
+        let why =
+            |start, end| unreadable(&file, len, FileRange { start, end }).map(|fault| fault.to_string());
+        assert_eq!(why(0, 20 << 20), None);
+        assert_eq!(why(60 << 20, 64 << 20), None, "short ones cost little");
+        assert_eq!(
+            why(0, 64 << 20).as_deref(),
+            Some("device state at 0x0: most of its 0x4000000 bytes are a hole of the file")
+        );
+        let beyond = FileRange { start: 0, end: TAIL_LEN_MAX + 1 };
+        assert!(unreadable(&file, len, beyond).is_some());
+    }
 
     #[test]
     fn holes_are_told_from_data() {

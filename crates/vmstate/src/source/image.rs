@@ -102,10 +102,7 @@ impl Image {
     pub fn manifest(&self) -> Result<Option<Manifest>> {
         match self {
             Image::MappedRam(image) => image.manifest(),
-            Image::Stream(stream) => {
-                let noted = stream.vmdescription()?.and_then(|description| description.vmstate);
-                Ok(noted.and_then(|value| serde_json::from_value(value).ok()))
-            }
+            Image::Stream(stream) => Manifest::of(stream.vmdescription()?, stream.path()),
         }
     }
 

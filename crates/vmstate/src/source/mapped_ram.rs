@@ -12,14 +12,13 @@ use wire::qemu::vmdesc::{self, VmDescription};
 use wire::qemu::{DeviceState, global_state};
 use wire::{Fault, FaultKind, FileRange};
 
-use super::{Bounds, FileExtents};
+use super::extents::unreadable;
+use super::{Bounds, FileExtents, open_image};
 use crate::manifest::Manifest;
 use crate::{Error, Kind, Result};
 
 /// How much of a bitmap is read at once.
 const BITMAP_CHUNK: usize = 64 << 10;
-/// The most device state and vmdescription together that is read into memory.
-const TAIL_LEN_MAX: u64 = 1 << 30;
 /// The head of a vmdescription: its type byte and its length.
 const VMDESC_HEAD: u64 = 5;
 
@@ -62,8 +61,7 @@ impl MappedRamFile {
     /// # Errors
     /// [`Kind::Damaged`] and [`Kind::Unsupported`] with file, offset and field; [`Kind::Io`].
     pub fn open(path: &Path) -> Result<MappedRamFile> {
-        let file =
-            File::open(path).map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
+        let file = open_image(path)?;
         MappedRamFile::from_file(file, path, 0)
     }
 
@@ -111,9 +109,8 @@ impl MappedRamFile {
     /// # Errors
     /// [`Kind::Io`]; [`Kind::Unsupported`] where it is larger than any device state vmstate handles.
     pub fn read(&self, range: FileRange) -> Result<Vec<u8>> {
-        if range.len() > TAIL_LEN_MAX {
-            let problem = format!("{:#x} bytes are more than {TAIL_LEN_MAX:#x}", range.len());
-            return Err(faulty(&self.path, Fault::unsupported(range.start, "device state", problem)));
+        if let Some(fault) = unreadable(&self.file, self.layout.file_len, range) {
+            return Err(faulty(&self.path, fault));
         }
         let mut bytes = vec![0; range.len() as usize];
         self.read_at(&mut bytes, range.start)?;
@@ -287,10 +284,9 @@ impl MappedRamFile {
     /// What vmstate noted when it saved the image; `None` for other writers' images.
     ///
     /// # Errors
-    /// As [`MappedRamFile::vmdescription`].
+    /// As [`MappedRamFile::vmdescription`]; [`Kind::Damaged`] where the note is none.
     pub fn manifest(&self) -> Result<Option<Manifest>> {
-        let noted = self.vmdescription()?.and_then(|description| description.vmstate);
-        Ok(noted.and_then(|value| serde_json::from_value(value).ok()))
+        Manifest::of(self.vmdescription()?, &self.path)
     }
 
     /// The run state that a restore brings the guest to; `None` where the image does not record one, which

@@ -8,8 +8,9 @@ mod mapped_ram;
 mod stream;
 mod stream_file;
 
-pub use bounds::Bounds;
+pub use bounds::{Bounds, open_image};
 pub use extents::FileExtents;
+pub(crate) use extents::unreadable;
 pub use format::Format;
 pub use image::Image;
 pub use mapped_ram::{BlockUse, MappedRamFile, Use};

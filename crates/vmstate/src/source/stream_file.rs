@@ -9,12 +9,11 @@ use wire::FileRange;
 use wire::qemu::vmdesc::{self, VmDescription};
 use wire::qemu::{DeviceState, global_state, split_sections};
 
+use super::extents::unreadable;
 use super::mapped_ram::faulty;
 use super::stream::{StreamContents, scan_pages};
 use crate::{Error, Kind, Result};
 
-/// The most device state that is read into memory.
-const TAIL_LEN_MAX: u64 = 1 << 30;
 /// The head of a vmdescription: its type byte and its length.
 const VMDESC_HEAD: usize = 5;
 
@@ -55,15 +54,19 @@ impl StreamFile {
         let tail = contents.tail.ok_or_else(|| {
             Error::new(Kind::Damaged, format!("{}: the stream has no device state", path.display()))
         })?;
-        if tail.len() > TAIL_LEN_MAX {
-            let clause = format!("{}: {:#x} bytes of device state", path.display(), tail.len());
-            return Err(Error::new(Kind::Unsupported, clause));
+        if let Some(fault) = unreadable(file, tail.end, tail) {
+            return Err(faulty(path, fault));
         }
         let mut blob = vec![0; tail.len() as usize];
         file.read_exact_at(&mut blob, tail.start)
             .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
         let devices = split_sections(&blob, tail.start).map_err(|fault| faulty(path, fault))?;
         Ok(StreamFile { path: path.to_owned(), contents, sent, tail, blob, devices })
+    }
+
+    /// The path, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// What the scan found.

@@ -9,13 +9,11 @@ use wire::mapped_ram::{BitmapScanner, BlockPlacement};
 use wire::qemu::survey;
 use wire::{Fault, FileRange, Report};
 
-use crate::source::{Bounds, FileExtents, Format, scan_stream};
+use crate::source::{Bounds, FileExtents, Format, open_image, scan_stream, unreadable};
 use crate::{Error, Result};
 
 /// How much of a bitmap is read at once.
 const BITMAP_CHUNK: usize = 64 << 10;
-/// The most device state that is taken apart.
-const TAIL_LEN_MAX: u64 = 1 << 30;
 
 /// The outcome of a check.
 #[derive(Clone, Debug)]
@@ -41,8 +39,7 @@ pub fn check(path: &Path) -> Result<Check> {
 /// # Errors
 /// As there.
 pub fn check_at(path: &Path, start: u64) -> Result<Check> {
-    let file =
-        File::open(path).map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
+    let file = open_image(path)?;
     let format = Format::of(&file, path, start)?;
     let mut report = match format {
         Format::MappedRam => mapped_ram(&file, path, start)?,
@@ -115,9 +112,8 @@ fn stream(file: &File, path: &Path, start: u64) -> Result<Report> {
 }
 
 fn device_state(file: &File, range: FileRange, report: &mut Report) -> std::io::Result<()> {
-    if range.len() > TAIL_LEN_MAX {
-        let problem = format!("{:#x} bytes are more than {TAIL_LEN_MAX:#x}", range.len());
-        report.push(Fault::unsupported(range.start, "device state", problem));
+    if let Some(fault) = unreadable(file, range.end, range) {
+        report.push(fault);
         return Ok(());
     }
     let mut blob = vec![0; range.len() as usize];

@@ -8,7 +8,7 @@ use serde::Serialize;
 use wire::qemu::{Configuration, DeviceState, vmdesc};
 
 use crate::manifest::Manifest;
-use crate::source::{BlockUse, Bounds, Format, MappedRamFile, StreamFile};
+use crate::source::{BlockUse, Bounds, Format, MappedRamFile, StreamFile, open_image};
 use crate::{Error, Result};
 
 /// What an image holds. The fields are the keys of `vmstate info --json`.
@@ -96,8 +96,7 @@ pub fn info(path: &Path) -> Result<ImageInfo> {
 /// # Errors
 /// As there.
 pub fn info_at(path: &Path, start: u64) -> Result<ImageInfo> {
-    let file =
-        File::open(path).map_err(|error| Error::io(format!("cannot open {}", path.display()), error))?;
+    let file = open_image(path)?;
     match Format::of(&file, path, start)? {
         Format::MappedRam => mapped_ram(file, path, start),
         Format::Stream => stream(file, path, start),

@@ -61,6 +61,7 @@ fn load(session: &mut Session) -> Result<()> {
     if (session.version.major, session.version.minor) >= EXIT_ON_ERROR_SINCE {
         arguments["exit-on-error"] = false.into();
     }
+    super::hold(session)?;
     session.incoming(FEED, arguments)?;
     let end = session.migration_end(None)?;
     if end.status == "completed" { Ok(()) } else { Err(load_failed(&end)) }

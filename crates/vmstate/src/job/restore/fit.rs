@@ -24,10 +24,20 @@ pub(super) fn compare(
     observer: &dyn Observer,
 ) -> Result<()> {
     machine(image, session)?;
-    blocks(image, session)?;
+    blocks(image, session, observer)?;
     let mut misfits = devices(image, session, observer)?;
-    if let Some(manifest) = image.manifest()? {
-        misfits.extend(host(&manifest, session, pid, observer)?);
+    match image.manifest() {
+        Ok(Some(manifest)) => misfits.extend(host(&manifest, session, pid, observer)?),
+        Ok(None) => {}
+        Err(error) => observer.warn(&format!("the disks were not compared: {}", error.chain())),
+    }
+    if run_state_is_final(image)? {
+        let state = image.run_state()?.unwrap_or_default();
+        return Err(Error::new(
+            Kind::Unsupported,
+            format!("the image records the run state `{state}`, in which no QEMU takes a guest"),
+        )
+        .hint("save the guest again, in another state"));
     }
     for misfit in misfits {
         if !force {
@@ -36,6 +46,12 @@ pub(super) fn compare(
         observer.warn(&misfit.to_string());
     }
     Ok(())
+}
+
+/// Whether QEMU would end itself over the run state that the image records: it allows some transitions from
+/// `inmigrate` and no others (system/runstate.c `runstate_transitions_def`, 10.0).
+fn run_state_is_final(image: &Image) -> Result<bool> {
+    Ok(matches!(image.run_state()?, Some("debug" | "inmigrate" | "restore-vm" | "save-vm")))
 }
 
 fn incompatible(clause: String, hint: impl Into<String>) -> Error {
@@ -56,7 +72,7 @@ fn machine(image: &Image, session: &mut Session) -> Result<()> {
 }
 
 /// QEMU takes an image of 64 MiB into a guest of 128 MiB without a word.
-fn blocks(image: &Image, session: &mut Session) -> Result<()> {
+fn blocks(image: &Image, session: &mut Session, observer: &dyn Observer) -> Result<()> {
     let blocks = image.blocks();
     let targets = qemu::host_blocks(&mut session.client)?;
     for block in &blocks {
@@ -78,6 +94,10 @@ fn blocks(image: &Image, session: &mut Session) -> Result<()> {
                 },
             ));
         }
+    }
+    for surplus in targets.iter().filter(|target| !blocks.iter().any(|block| block.name == target.name)) {
+        observer
+            .warn(&format!("target has a RAM block `{}`, image has none: it stays as it is", surplus.name));
     }
     Ok(())
 }
@@ -197,8 +217,13 @@ fn compare_disks(saved: &Disk, target: &Disk, observer: &dyn Observer) -> Option
         (true, false) => "is older than when the guest was saved".to_owned(),
     };
     // A copy under another name has a time of its own.
-    if saved.file != target.file && then.bytes == now.bytes {
-        observer.warn(&format!("target's disk `{name}`, `{}`, {what}; it may be a copy", target.file));
+    let excuse = match () {
+        () if saved.written_at_close => Some("QEMU itself writes such a disk when it ends"),
+        () if saved.file != target.file && then.bytes == now.bytes => Some("it may be a copy"),
+        () => None,
+    };
+    if let Some(excuse) = excuse {
+        observer.warn(&format!("target's disk `{name}`, `{}`, {what}; {excuse}", target.file));
         return None;
     }
     Some(incompatible(
@@ -274,6 +299,10 @@ mod tests {
             assert_eq!(found.as_deref(), misfit, "{target:?}");
             assert_eq!(seen.0.lock().unwrap().len(), warnings, "{target:?}");
         }
+        let lazy = Disk { written_at_close: true, ..saved.clone() };
+        let seen = Warnings::default();
+        assert!(compare_disks(&lazy, &disk("/a", 101, 11), &seen).is_none());
+        assert_eq!(seen.0.lock().unwrap().len(), 1);
         let read_only = Disk { read_only: true, ..saved };
         assert!(compare_disks(&read_only, &disk("/a", 100, 11), &Warnings::default()).is_none());
     }

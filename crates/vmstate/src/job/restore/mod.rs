@@ -23,8 +23,11 @@ use super::{DirectIo, Observer, Phases, Stopwatch, Via};
 use crate::net::QmpAddress;
 use crate::qemu::{self, LaunchSettings, Launched, Session};
 use crate::qmp::MigrationInfo;
-use crate::source::{Image, MappedRamFile};
+use crate::source::{Image, MappedRamFile, open_image};
 use crate::{Error, Kind, Result};
+
+/// How long a guest may take to run once it was told to: QEMU takes its disks back first.
+const RUN_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The name under which QEMU receives a stream's file.
 const STREAM: &str = "vmstate-stream";
@@ -145,6 +148,8 @@ pub fn restore(
     let mut watch = Stopwatch::start(observer);
     watch.phase("check image");
     let cannot_open = |error| Error::io(format!("cannot open {}", settings.image.display()), error);
+    // Looked at first: to open a FIFO would wait for a writer.
+    drop(open_image(&settings.image)?);
     let mut pair = ReadPair::open(
         &settings.image,
         match settings.direct_io {
@@ -186,28 +191,36 @@ pub fn restore(
         }
     };
     let ready = Instant::now();
-    let outcome = load(settings, &image, &pair, launched.as_ref(), &mut session, cancel, &mut watch);
+    let mut let_go = false;
+    let outcome =
+        load(settings, &image, &pair, launched.as_ref(), &mut session, cancel, &mut watch, &mut let_go);
     watch.phase("settle");
     let qemu_pid = launched.as_ref().map(Launched::pid).or_else(|| session.client.listener_pid());
-    let (outcome, launched) = match (outcome, launched) {
+    let Loaded { via, reason, run_state, running_at } = match (outcome, launched.as_ref()) {
+        (Ok(loaded), _) => loaded,
         // It is ended in a moment, and may not answer before: a load keeps QEMU's monitor busy to its end.
-        (Err(error), Some(launched)) => {
+        (Err(error), Some(_)) if !let_go => {
             session.abandon();
-            return Err(launched.give_up(error));
+            return Err(match launched {
+                Some(launched) => launched.give_up(error),
+                None => error,
+            });
         }
-        (Err(error), None) => {
+        (Err(error), _) => {
             if let Err(worse) = session.settle() {
                 observer.warn(&format!("cleaning up failed as well: {}", worse.chain()));
             }
-            return Err(error);
+            let pid = qemu_pid.filter(|_| let_go);
+            return Err(match pid {
+                Some(pid) => error.hint(format!("the guest may run: QEMU, process {pid}, was left alone")),
+                None => error,
+            });
         }
-        (Ok(loaded), launched) => (session.settle().map(|()| loaded), launched),
     };
-    let (Loaded { via, reason, run_state, running_at }, launched) = match (outcome, launched) {
-        (Ok(loaded), launched) => (loaded, launched),
-        (Err(error), Some(launched)) => return Err(launched.give_up(error)),
-        (Err(error), None) => return Err(error),
-    };
+    // The guest is there, and may run: what could not be put back is worth a word, not the guest.
+    if let Err(worse) = session.settle() {
+        observer.warn(&format!("QEMU's own settings were not all put back: {}", worse.chain()));
+    }
     let (user_qmp, foreground) = match launched {
         Some(launched) => (launched.user_qmp(), launched.leave()),
         None => (None, None),
@@ -243,7 +256,8 @@ struct Loaded {
 }
 
 /// Compares the image with the target, has its memory filled and QEMU load the rest, and brings the guest
-/// to the state wanted.
+/// to the state wanted. `let_go` is set as soon as the guest may run.
+#[allow(clippy::too_many_arguments, reason = "one call, of what its caller already has apart")]
 fn load(
     settings: &RestoreSettings,
     image: &Image,
@@ -252,6 +266,7 @@ fn load(
     session: &mut Session,
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
+    let_go: &mut bool,
 ) -> Result<Loaded> {
     let pid = launched.map(Launched::pid);
     let wants_pause = launched.is_some_and(|launched| launched.wants_pause);
@@ -286,7 +301,7 @@ fn load(
 
     watch.phase("verify");
     if let Verified::Unseen(reason) = verify_zero(image, session, pid)? {
-        watch.observer.note(&format!("the target's memory could not be verified: {reason}"));
+        watch.observer.warn(&format!("the target's memory could not be verified: {reason}"));
     }
 
     watch.phase("run");
@@ -297,14 +312,24 @@ fn load(
         // A suspended guest has to be let go, too, so that it can be woken.
         Record::AsItWas => matches!(recorded, "running" | "suspended") && !wants_pause,
     };
+    if cancel.is_cancelled() {
+        return Err(Error::interrupted());
+    }
     if run {
-        session.client.cont().map_err(|error| match qemu::lock_hint(&error.chain()) {
-            Some(hint) => error.hint(hint),
-            None => error,
+        // From here on the guest may run and write its disks: nobody may end it any more.
+        session.client.ignore_cancel(RUN_TIMEOUT);
+        *let_go = true;
+        session.client.cont().map_err(|error| {
+            *let_go = !error.is_refusal();
+            match qemu::lock_hint(&error.chain()) {
+                Some(hint) => error.hint(hint),
+                None => error,
+            }
         })?;
     }
     let running_at = Instant::now();
-    Ok(Loaded { via, reason, run_state: session.client.status()?.status, running_at })
+    let run_state = session.client.status()?.status;
+    Ok(Loaded { via, reason, run_state, running_at })
 }
 
 /// The ways for RAM into a target.
@@ -374,11 +399,10 @@ fn by_qemu(pair: &ReadPair, offset: u64, channels: u16, session: &mut Session) -
             Kind::Unsupported => error.hint("restore into QEMU 9.1 or later, or with --via socket"),
             _ => error,
         })?;
-    // Before a guest arrives this only says that it shall not start by itself.
-    session.client.stop()?;
     let mut fds = vec![pair.buffered.as_fd()];
     fds.extend(pair.direct.as_ref().map(|file| file.as_fd()));
     let fdset = session.add_fdset(&fds)?;
+    hold(session)?;
     session.client.execute(
         "migrate-incoming",
         json!({ "uri": format!("file:/dev/fdset/{fdset},offset={offset}"), "exit-on-error": false }),
@@ -406,6 +430,7 @@ fn by_stream(pair: &ReadPair, offset: u64, session: &mut Session) -> Result<()> 
         session.give_fd(STREAM, pair.buffered.as_fd())?;
         None
     };
+    hold(session)?;
     let mut arguments = json!({ "uri": uri });
     if (session.version.major, session.version.minor) >= feed::EXIT_ON_ERROR_SINCE {
         arguments["exit-on-error"] = false.into();
@@ -434,7 +459,12 @@ fn refuse_for_stream(settings: &RestoreSettings) -> Result<()> {
 
 /// Readies QEMU for a stream without any capability.
 fn prepare_plain(session: &mut Session) -> Result<()> {
-    session.configure(&[], &[("mode", json!("normal")), ("tls-creds", json!(""))])?;
+    session.configure(&[], &[("mode", json!("normal")), ("tls-creds", json!(""))])
+}
+
+/// Says that the guest shall not start by itself when it has arrived. The last thing before the load: a QEMU
+/// that still waits after a failure should not have been told anything.
+fn hold(session: &mut Session) -> Result<()> {
     session.client.stop()
 }
 

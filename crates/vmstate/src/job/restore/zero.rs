@@ -36,12 +36,19 @@ pub(super) fn verify_zero(image: &Image, session: &mut Session, pid: Option<u32>
         Err(error) => return Err(error),
     };
     let targets = qemu::host_blocks(&mut session.client)?;
+    let targets = match qemu::with_addresses(&mut session.client, &peer, &targets) {
+        Ok(targets) => targets,
+        Err(error) if error.kind() == Kind::Unsupported => return Ok(Verified::Unseen(error.chain())),
+        Err(error) => return Err(error),
+    };
     let peer = Arc::new(peer);
+    let mut unseen = None;
     for (index, block) in image.blocks().iter().enumerate() {
         let name = block.name.as_str();
         let address = targets.iter().find(|target| target.name == name).and_then(|target| target.address);
         let Some(address) = address.filter(|address| *address != 0) else {
-            return Ok(Verified::Unseen(format!("QEMU does not tell where `{name}` is")));
+            unseen.get_or_insert(format!("QEMU does not tell where `{name}` is"));
+            continue;
         };
         let place = BlockAddress {
             name: name.to_owned(),
@@ -53,7 +60,8 @@ pub(super) fn verify_zero(image: &Image, session: &mut Session, pid: Option<u32>
         let ram = match GuestRam::attach(peer.clone(), &[place]) {
             Ok(ram) => ram,
             Err(error) => {
-                return Ok(Verified::Unseen(Error::new(Kind::Unsupported, name).because(error).chain()));
+                unseen.get_or_insert(Error::new(Kind::Unsupported, name).because(error).chain());
+                continue;
             }
         };
         let pages = image.pages(index)?;
@@ -74,7 +82,7 @@ pub(super) fn verify_zero(image: &Image, session: &mut Session, pid: Option<u32>
             }
         }
     }
-    Ok(Verified::Zero)
+    Ok(unseen.map_or(Verified::Zero, Verified::Unseen))
 }
 
 /// The runs of pages that are in the window and not in the set.
