@@ -33,6 +33,15 @@ pub struct Sample {
     pub via: Option<&'static str>,
 }
 
+impl Sample {
+    /// With what the image takes.
+    fn with_lengths(self, image: &Path) -> Result<Sample> {
+        let found = fs::metadata(image)
+            .map_err(|error| Error::io(format!("cannot look at {}", image.display()), error))?;
+        Ok(Sample { file_bytes: found.len(), disk_bytes: found.blocks() * 512, ..self })
+    }
+}
+
 /// The images of a run, one for each kind: they lie in a directory that is removed in the end.
 pub struct Images<'a> {
     /// The directory.
@@ -73,14 +82,11 @@ impl Images<'_> {
 pub fn save(running: &Running, way: Way, images: &Images<'_>, cancel: &Cancel) -> Result<Sample> {
     let image = images.of(way);
     images.remove(&image)?;
-    let mut sample = match way {
+    let sample = match way {
         Way::Vmstate => save_ours(running, &image, cancel)?,
         _ => save_qemus(running, way, &image, cancel)?,
     };
-    let found = fs::metadata(&image)
-        .map_err(|error| Error::io(format!("cannot look at {}", image.display()), error))?;
-    (sample.file_bytes, sample.disk_bytes) = (found.len(), found.blocks() * 512);
-    Ok(sample)
+    sample.with_lengths(&image)
 }
 
 fn save_ours(running: &Running, image: &Path, cancel: &Cancel) -> Result<Sample> {
@@ -129,18 +135,21 @@ pub fn restore(guests: &Guests, way: Way, images: &Images<'_>, cancel: &Cancel) 
     let image = images.of(way);
     let running = guests.wait()?;
     leave_cache(&image)?;
-    match way {
-        Way::Vmstate => restore_ours(&running, &image, cancel),
-        _ => {
-            let mut client = running.client(cancel)?;
-            stock::configure(&mut client, way)?;
-            let meter = Meter::start(running.qemu.pid());
-            let started = Instant::now();
-            stock::load(&mut client, &image)?;
-            let time = started.elapsed();
-            Ok(Sample { time, cost: meter.stop(), ..Sample::default() })
-        }
-    }
+    let sample = match way {
+        Way::Vmstate => restore_ours(&running, &image, cancel)?,
+        _ => restore_qemus(&running, way, &image, cancel)?,
+    };
+    sample.with_lengths(&image)
+}
+
+fn restore_qemus(running: &Running, way: Way, image: &Path, cancel: &Cancel) -> Result<Sample> {
+    let mut client = running.client(cancel)?;
+    stock::configure(&mut client, way)?;
+    let meter = Meter::start(running.qemu.pid());
+    let started = Instant::now();
+    stock::load(&mut client, image)?;
+    let time = started.elapsed();
+    Ok(Sample { time, cost: meter.stop(), ..Sample::default() })
 }
 
 fn restore_ours(running: &Running, image: &Path, cancel: &Cancel) -> Result<Sample> {

@@ -22,6 +22,8 @@ const VALUE: f64 = 58.0;
 
 const INK: &str = "#1f2430";
 const QUIET: &str = "#6b7280";
+/// What keeps words readable where a line runs behind them.
+const HALO: &str = "paint-order=\"stroke\" stroke=\"#ffffff\" stroke-width=\"3\"";
 const RULE: &str = "#e5e7eb";
 
 /// A colour for each way: QEMU's are cool and grow darker the faster they should be, ours is warm.
@@ -91,13 +93,23 @@ fn head(text: &mut String, report: &BenchReport) {
     for way in Way::ALL {
         bar(text, (left, 94.0), 13.0, colour(way));
         label(text, left + 19.0, 105.0, way.name(), &format!("fill=\"{INK}\""));
-        // Letters of this size are about seven units wide.
-        left += 19.0 + 7.4 * way.name().len() as f64 + 18.0;
+        left += 19.0 + width_of(way.name()) + 20.0;
     }
     if report.rows.iter().any(|row| row.of_ceiling.is_some()) {
         mark(text, left + 3.0, (94.0, 94.0 + BAR));
         label(text, left + 12.0, 105.0, "ceiling", &format!("fill=\"{INK}\""));
     }
+}
+
+/// About how wide words are: which font a reader has is not known.
+fn width_of(words: &str) -> f64 {
+    let letter = |letter: char| match letter {
+        'm' | 'w' => 12.0,
+        letter if letter.is_uppercase() => 9.5,
+        letter if letter.is_alphanumeric() => 7.2,
+        _ => 4.5,
+    };
+    words.chars().map(letter).sum()
 }
 
 /// Draws a panel and says how high it is.
@@ -129,21 +141,24 @@ fn panel(text: &mut String, job: Job, load: Load, rows: &[&Row], (left, top): (f
             backend.name(),
             &format!("text-anchor=\"end\" fill=\"{QUIET}\""),
         );
-        for row in group {
-            let length = (row.time_ms * scale).max(1.5);
-            bar(text, (left + LABEL, y), length, colour(row.way));
-            let style = match row.way {
-                Way::Vmstate => {
-                    format!("font-size=\"11\" font-weight=\"650\" fill=\"{}\"", colour(Way::Vmstate))
-                }
-                _ => format!("font-size=\"11\" fill=\"{QUIET}\""),
-            };
-            label(text, left + LABEL + length + 6.0, y + 10.5, &time(row.time_ms), &style);
-            y += BAR + BAR_GAP;
+        let places = || group.iter().zip(0..).map(|(row, i)| (row, y + f64::from(i) * (BAR + BAR_GAP)));
+        let length = |row: &Row| (row.time_ms * scale).max(1.5);
+        for (row, y) in places() {
+            bar(text, (left + LABEL, y), length(row), colour(row.way));
         }
+        // Between bars and times: what is written stays readable.
         if let Some(ceiling_ms) = ceiling {
-            mark(text, left + LABEL + ceiling_ms * scale, (y - BAR_GAP - height - 2.0, y - BAR_GAP + 2.0));
+            mark(text, left + LABEL + ceiling_ms * scale, (y - 2.0, y + height + 2.0));
         }
+        for (row, y) in places() {
+            let style = match row.way {
+                Way::Vmstate => format!("font-weight=\"650\" fill=\"{}\"", colour(Way::Vmstate)),
+                _ => format!("fill=\"{QUIET}\""),
+            };
+            let style = format!("font-size=\"11\" {HALO} {style}");
+            label(text, left + LABEL + length(row) + 6.0, y + 10.5, &time(row.time_ms), &style);
+        }
+        y += height + BAR_GAP;
         y += GROUP_GAP - BAR_GAP;
     }
     let (from, to) = (top + PANEL_HEAD - 5.0, y - GROUP_GAP + 5.0);

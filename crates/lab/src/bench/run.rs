@@ -100,6 +100,10 @@ impl Field {
         self.samples.get(&way).into_iter().flatten().map(|sample| sample.time.as_secs_f64()).collect()
     }
 
+    fn ceilings(&self) -> Vec<f64> {
+        self.rounds.iter().map(|[_, _, ceiling]| ceiling.as_secs_f64()).collect()
+    }
+
     fn data_bytes(&self) -> Option<u64> {
         self.samples.get(&Way::Vmstate)?.iter().find_map(|sample| sample.data_bytes)
     }
@@ -194,10 +198,9 @@ impl<'a> Run<'a> {
         let data_bytes = field.data_bytes().unwrap_or(0);
         let ceiling = || ceiling_of_save(&images, data_bytes, cancel);
         self.rounds(&mut field, Job::Save, guests, measure, ceiling)?;
-        let ceiling_s = median(&field.rounds.iter().map(|round| round[2].as_secs_f64()).collect::<Vec<_>>());
-        self.add_rows(&field, Job::Save, guests, data_bytes, ceiling_s);
+        self.add_rows(&field, Job::Save, guests, data_bytes);
         if guests.load == Load::Dirty {
-            let fresh: Vec<f64> = field.rounds.iter().map(|round| round[2].as_secs_f64()).collect();
+            let fresh = field.ceilings();
             let mut again = Vec::new();
             for _ in 0..self.plan.repeats {
                 again.push(ceiling::overwrite(&images.ceiling(), cancel)?.as_secs_f64());
@@ -222,14 +225,7 @@ impl<'a> Run<'a> {
     fn restores(&mut self, guests: &Guests) -> Result<()> {
         self.tell(&title(Job::Restore, guests));
         let (images, cancel) = (Images { directory: self.images.directory }, self.cancel);
-        let measure = |way| {
-            let sample = restore(guests, way, &images, cancel)?;
-            let found = std::fs::metadata(images.of(way));
-            let failed = |error| Error::io(format!("cannot look at {}", images.of(way).display()), error);
-            let found = found.map_err(failed)?;
-            let disk_bytes = std::os::unix::fs::MetadataExt::blocks(&found) * 512;
-            Ok(Sample { file_bytes: found.len(), disk_bytes, ..sample })
-        };
+        let measure = |way| restore(guests, way, &images, cancel);
         let mut field = Field::default();
         self.repeat(&mut field, Duration::ZERO, measure)?;
         let data_bytes = field.data_bytes().unwrap_or(0);
@@ -248,8 +244,7 @@ impl<'a> Run<'a> {
             };
             self.rounds(&mut field, Job::Restore, guests, measure, ceiling)?;
         }
-        let ceiling_s = median(&field.rounds.iter().map(|round| round[2].as_secs_f64()).collect::<Vec<_>>());
-        self.add_rows(&field, Job::Restore, guests, data_bytes, ceiling_s);
+        self.add_rows(&field, Job::Restore, guests, data_bytes);
         self.add_ceiling(Job::Restore, guests.backend, "read a file", data_bytes, &reads);
         self.add_ceiling(Job::Restore, guests.backend, "fill fresh shared memory", data_bytes, &fills);
         Ok(())
@@ -361,7 +356,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn add_rows(&mut self, field: &Field, job: Job, guests: &Guests, data_bytes: u64, ceiling_s: f64) {
+    fn add_rows(&mut self, field: &Field, job: Job, guests: &Guests, data_bytes: u64) {
+        let ceiling_s = median(&field.ceilings());
         for &way in &self.ways {
             let Some(samples) = field.samples.get(&way) else { continue };
             let mut row = row(job, guests, way, samples, data_bytes);

@@ -15,7 +15,11 @@ pub enum Style {
 
 /// Lays out a report.
 pub fn render(report: &BenchReport, style: Style) -> String {
-    let mut text = machine(report);
+    let mut text = String::new();
+    if style == Style::Markdown {
+        text.push_str("# What was measured\n\n");
+    }
+    text.push_str(&machine(report));
     for job in [Job::Save, Job::Restore] {
         for load in [Load::Dirty, Load::Idle] {
             let rows: Vec<&Row> =
@@ -58,7 +62,7 @@ fn machine(report: &BenchReport) -> String {
 fn heading(text: &mut String, style: Style, title: &str) {
     match style {
         Style::Text => _ = write!(text, "\n{title}\n\n"),
-        Style::Markdown => _ = write!(text, "\n### {title}\n\n"),
+        Style::Markdown => _ = write!(text, "\n## {title}\n\n"),
     }
 }
 
@@ -209,11 +213,7 @@ fn legend(text: &mut String, report: &BenchReport, style: Style) {
          that waits already, until the guest runs."
             .to_owned(),
         "QEMU's time begins at a monitor that is connected and set up; vmstate's is the whole call.".to_owned(),
-        format!(
-            "Times are medians of at least {} measurements; a ratio is the median of {} rounds (A B B A) with an \
-             interval of 95 %, and a budget is kept when the interval reaches it.",
-            report.repeats, report.rounds
-        ),
+        measured(report),
         "QEMU grew: how much memory the save made QEMU allocate. Its scan for zeros fills the holes of shared \
          memory, so each save of an idle guest had a QEMU of its own."
             .to_owned(),
@@ -222,6 +222,20 @@ fn legend(text: &mut String, report: &BenchReport, style: Style) {
     text.push('\n');
     for line in lines {
         _ = writeln!(text, "{bullet}{line}");
+    }
+}
+
+/// How the numbers came about, with the interval that so many rounds allow.
+fn measured(report: &BenchReport) -> String {
+    let times = format!("A time is the median of {} measurements or more", report.repeats);
+    match report.comparisons.first() {
+        None => format!("{times}."),
+        Some(Comparison { ratio, .. }) => format!(
+            "{times}; a ratio is the median of those of {} rounds (A B B A), the interval holds the true one with a \
+             probability of {:.0} %, and a budget is kept when the interval reaches it.",
+            ratio.count,
+            ratio.coverage * 100.0
+        ),
     }
 }
 
@@ -355,6 +369,7 @@ pub(super) mod tests {
         assert_eq!(end(header, "of ceiling"), end(lines[at + 3], "50 %"));
         assert_eq!(end(header, "blocks"), end(lines[at + 3], "9.00 MiB"));
         assert!(text.contains("  nothing was left out\n"), "{text}");
+        assert!(text.contains("the true one with a probability of 96 %"), "{text}");
         assert!(lines.iter().all(|line| line.trim_end() == *line), "{text}");
     }
 
@@ -371,7 +386,7 @@ pub(super) mod tests {
             }
         }
         for wanted in [
-            "### Restore of the idle guest: 9.00 MiB of data",
+            "## Restore of the idle guest: 9.00 MiB of data",
             "| save | dirty | memfd | QEMU mapped-ram, 8 channels, direct I/O | yes | 1.70 | 1.60 – 1.80 | ≥ 1.50 |",
             "| save | memfd | write a new file | 300 ms | 3.50 |",
             "| memfd | vmstate (via direct) | 1.20 s | 1.08 s – 1.32 s | 0.83 | 50 % | 0.25 s | 1.50 s | 7.00 MiB | 0 B | 1.00 GiB | 9.00 MiB |",
