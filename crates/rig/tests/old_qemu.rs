@@ -9,12 +9,12 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use lab::{Guest, GuestSettings, MachineKind, MemoryBackend, Qemu, QemuSpec};
+use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
 use page::PageSize;
 use serde_json::{Map, json};
 use vmstate::net::QmpAddress;
 use vmstate::source::MappedRamFile;
-use vmstate::{Cancel, SaveSettings, Unobserved, Via};
+use vmstate::{Cancel, RestoreSettings, SaveSettings, Target, Unobserved, Via};
 use vmstate_rig::{DEADLINE, StockLoad, client, stock_load, verify_image};
 use wire::qemu::{Event, StreamScanner};
 
@@ -91,6 +91,36 @@ fn what_is_saved_from_qemu_7_2_goes_on_in_stock_qemu() {
             let mut target = stock_load(&new, &image, StockLoad::BEST);
             assert!(client(&target).status().unwrap().running, "{name}");
             target.wait_for_round(round + 2, DEADLINE).expect(&name);
+        }
+    }
+}
+
+#[test]
+fn what_is_saved_from_either_qemu_comes_back_in_qemu_7_2() {
+    for (machine, backend) in
+        [(MachineKind::Q35, MemoryBackend::Plain), (MachineKind::Pc, MemoryBackend::Memfd)]
+    {
+        let name = format!("{} {backend:?}", machine.name());
+        let Some(old) = old(machine, backend, 1024) else { return };
+        let new = QemuSpec { program: QemuSpec::new(machine, 0).program, ..old.clone() };
+        for (from, spec) in [("7.2", &old), ("10", &new)] {
+            let dir = images();
+            let image = dir.path().join("vm.img");
+            let mut source = spec.start().expect(&name);
+            source.wait_for_round(2, DEADLINE).expect(&name);
+            save(&source, &image);
+            let round = source.serial.latest_round().unwrap();
+            drop(source);
+            let mut target = QemuSpec { incoming: Incoming::Defer, ..old.clone() }.start().expect(&name);
+            let waiting = Target::Waiting(QmpAddress::Unix(target.qmp_path()));
+            let settings = RestoreSettings::new(&image, waiting);
+            let report = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved)
+                .unwrap_or_else(|error| panic!("{name} from {from}: {}", error.chain()));
+            assert_eq!(report.run_state, "running", "{name} from {from}");
+            assert!(matches!(report.via, Via::Direct | Via::Socket), "{name} from {from}: {report:?}");
+            target
+                .wait_for_round(round + 2, DEADLINE)
+                .unwrap_or_else(|error| panic!("{name} from {from}: {error}"));
         }
     }
 }

@@ -31,19 +31,20 @@ pub fn find_process(session: &mut Session, pid: Option<u32>) -> Result<Peer> {
 }
 
 fn search(session: &Session, pid: Option<u32>, dev: u64, ino: u64) -> Result<Peer> {
-    // A socket pair names its maker, which is us, and we hold the proof as well.
+    // A socket pair names its maker, which is us.
     let listener = session.client.listener_pid().filter(|listener| *listener != std::process::id());
     if let Some(candidate) = pid.or(listener) {
         match Peer::open(candidate).and_then(|peer| peer.holds(dev, ino).map(|held| held.then_some(peer))) {
-            Ok(Some(peer)) => return Ok(peer),
+            // We hold the proof as well.
+            Ok(Some(peer)) if candidate != std::process::id() => return Ok(peer),
             Err(denied @ PeerError::Denied { .. }) => return Err(unreachable(denied)),
-            Ok(None) | Err(_) if pid.is_some() => {
+            _ if pid.is_some() => {
                 let clause = format!("process {candidate} is not the QEMU behind {}", session.client.name());
                 return Err(
                     Error::new(Kind::Misuse, clause).hint("leave --pid out, or give QEMU's own process id")
                 );
             }
-            Ok(None) | Err(_) => {}
+            _ => {}
         }
     }
     let holders = mem::find_holders(dev, ino)

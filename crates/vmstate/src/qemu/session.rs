@@ -371,6 +371,21 @@ impl Session {
         }
     }
 
+    /// Waits until a guest that is coming in has arrived, or has not: `completed` or `failed`.
+    ///
+    /// # Errors
+    /// As every QMP command; [`Kind::Peer`] where QEMU ends over it, as those before 9.1 do.
+    pub fn incoming_end(&mut self) -> Result<MigrationInfo> {
+        loop {
+            let info = self.client.migration()?;
+            // QEMU 7.2 answers before it has begun.
+            if !info.is_under_way() && !matches!(info.status.as_str(), "" | "none") {
+                return Ok(info);
+            }
+            while self.client.next_event(None)?.is_some_and(|event| event.name != "MIGRATION") {}
+        }
+    }
+
     /// Cancels the migration and waits until it is gone.
     ///
     /// # Errors

@@ -63,7 +63,7 @@ fn load(session: &mut Session) -> Result<()> {
     }
     super::hold(session)?;
     session.incoming(FEED, arguments)?;
-    let end = session.migration_end(None)?;
+    let end = session.incoming_end()?;
     if end.status == "completed" { Ok(()) } else { Err(load_failed(&end)) }
 }
 

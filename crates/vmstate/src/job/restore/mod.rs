@@ -408,7 +408,7 @@ fn by_qemu(pair: &ReadPair, offset: u64, channels: u16, session: &mut Session) -
         json!({ "uri": format!("file:/dev/fdset/{fdset},offset={offset}"), "exit-on-error": false }),
     )?;
     // Unlike an outgoing migration this one cannot be cancelled; a QEMU of ours is ended instead.
-    let end = session.migration_end(None)?;
+    let end = session.incoming_end()?;
     if end.status != "completed" {
         return Err(load_failed(&end));
     }
@@ -436,7 +436,7 @@ fn by_stream(pair: &ReadPair, offset: u64, session: &mut Session) -> Result<()> 
         arguments["exit-on-error"] = false.into();
     }
     session.incoming(STREAM, arguments)?;
-    let end = session.migration_end(None)?;
+    let end = session.incoming_end()?;
     if end.status != "completed" {
         return Err(load_failed(&end));
     }
