@@ -38,9 +38,12 @@ golden: setup ## Make the golden images anew, with real QEMUs
 	@scripts/setup-qemu72.sh
 	@cargo xtask golden --regenerate
 
-fuzz: ## Run each fuzz target for a while (FUZZ_SECONDS, default 60; needs cargo-fuzz and a nightly)
-	@for target in $$(cd fuzz && cargo +nightly fuzz list); do \
-		cargo +nightly fuzz run $$target -- -max_total_time=$${FUZZ_SECONDS:-60} -verbosity=0; done
+fuzz: ## Run each fuzz target for a while (FUZZ_SECONDS, default 60)
+	@command -v cargo-fuzz > /dev/null || cargo install --quiet --locked cargo-fuzz
+	@command -v g++ > /dev/null || apt-get -qq -y --no-install-recommends install g++ > /dev/null
+	@for target in $$(cargo fuzz list); do mkdir -p fuzz/corpus/$$target; \
+		RUSTC_BOOTSTRAP=1 cargo fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
+		-max_total_time=$${FUZZ_SECONDS:-60} -verbosity=0; done
 
 guest: ## Assemble the built-in guest
 	@cd crates/lab/guest && as --64 -o guest.o guest.S && \
