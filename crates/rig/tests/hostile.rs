@@ -17,8 +17,11 @@ use vmstate::{Cancel, SaveSettings, Then, Unobserved, Via};
 use vmstate_rig::{DEADLINE, StockLoad, stock_save};
 
 const SEED: u64 = 0x766d_7374_6174_6502;
-/// Damages of each image.
-const DAMAGES: usize = 1500;
+/// Damages of each image; ten times as many in `make test-full`.
+fn damages() -> usize {
+    if std::env::var_os("VMSTATE_TEST_FULL").is_some() { 15_000 } else { 1500 }
+}
+
 /// How much memory looking at a damaged image of some MiB may take. A whole bitmap or device state is far below.
 const MEMORY_BYTES_MAX: u64 = 64 << 20;
 /// How long it may take; a thousandth is what it takes.
@@ -172,7 +175,7 @@ fn looking_into_a_damaged_image_ends_soon_without_a_panic_and_in_little_memory()
     let before = peak_memory_bytes();
     let (mut refused, mut faulty) = (0, 0);
     for image in &images {
-        for turn in 0..DAMAGES {
+        for turn in 0..damages() {
             image.damaged(&mut dice, |damage| {
                 let name = format!("seed {SEED:#x}, turn {turn}: {damage}");
                 let start = Instant::now();
@@ -195,7 +198,7 @@ fn looking_into_a_damaged_image_ends_soon_without_a_panic_and_in_little_memory()
         // It was mended each time, so each damage stood alone.
         assert_eq!(fs::read(&image.path).unwrap(), image.whole, "{}", image.name);
     }
-    let all = images.len() * DAMAGES;
+    let all = images.len() * damages();
     eprintln_budget(all, refused, faulty, peak_memory_bytes() - before);
     // The damages do damage.
     assert!(refused > all / 10 && faulty >= refused && faulty < all, "{refused} refused, {faulty} faulty");
