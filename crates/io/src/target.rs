@@ -279,6 +279,16 @@ impl Target {
         }
     }
 
+    /// Brings to the disk what was written so far, so that nothing long is left for [`Target::publish`].
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn sync(&self) -> Result<(), DraftError> {
+        let Some(buffered) = self.buffered() else { return Ok(()) };
+        let path = self.path().to_owned();
+        buffered.sync_all().map_err(|source| DraftError::Io { path, step: DraftStep::SyncFile, source })
+    }
+
     /// Makes the image whole: under its name, with its head, or, of a pipe, by the last byte written.
     ///
     /// # Errors

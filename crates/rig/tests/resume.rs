@@ -374,3 +374,25 @@ fn a_qemu_that_no_save_was_killed_on_is_left_alone() {
     assert_eq!(after.0.fdsets.as_array().map(Vec::len), Some(1));
     assert_eq!(before.1, after.1);
 }
+
+/// A dry run knew nothing of saves under way or killed, and would have left a killed save's mess twice.
+#[test]
+fn a_dry_run_says_that_a_save_was_killed_and_touches_nothing_of_it() {
+    let qemu = booted();
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    killed_save(&qemu, &image, Via::Direct, "ram");
+    let before = footprint(&qemu);
+    let names = names_in(dir.path());
+    let hook = Hook::at("settle", || {});
+    vmstate::rehearse(&settings(&qemu, &image, Via::Direct), &Cancel::new().unwrap(), &hook)
+        .unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!(
+        hook.warnings(),
+        ["a save of this guest was killed; the next one clears what it left, as does vmstate resume"]
+    );
+    assert_untouched(&qemu, &before, "dry run");
+    assert_eq!(names_in(dir.path()), names);
+    let report = resume(&qemu);
+    assert!(report.resumed && report.had_leftovers(), "{report:?}");
+}

@@ -91,6 +91,7 @@ fn answers_have_the_keys_and_exit_codes_that_are_promised() {
             "connect_ms",
             "device_state_ms",
             "metadata_ms",
+            "name_ms",
             "probe_ms",
             "publish_ms",
             "ram_ms",

@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 use lab::Qemu;
 use rustix::process::{Pid, Signal, kill_process};
 use vmstate::net::QmpAddress;
-use vmstate::{Cancel, Kind, SaveSettings, Via};
+use vmstate::{Cancel, Kind, SaveSettings, Then, Via};
 use vmstate_rig::Hook;
 
 use crate::{assert_status, assert_untouched, booted, images, names_in, other, save_to, says, small, told};
 
 /// The phases of each way in which something can still happen to a save.
 const BOUNDARIES: [(Via, &[&str]); 2] = [
-    (Via::Direct, &["connect", "probe", "stop", "device state", "ram", "metadata", "publish"]),
-    (Via::Qemu, &["connect", "stop", "ram", "metadata", "publish"]),
+    (Via::Direct, &["connect", "probe", "stop", "device state", "ram", "metadata", "publish", "name"]),
+    (Via::Qemu, &["connect", "stop", "ram", "metadata", "publish", "name"]),
 ];
 
 #[test]
@@ -144,4 +144,66 @@ fn a_qemu_that_hangs_holds_up_an_interrupted_save_for_less_than_half_a_minute() 
         assert!(took < Duration::from_secs(30), "{name}");
     }
     assert_eq!(names_in(dir.path()), [""; 0]);
+}
+
+/// Removing what was written took its time on a slow disk, and the guest stood still meanwhile.
+#[test]
+fn a_failed_save_removes_its_file_when_the_guest_has_been_resumed() {
+    for via in [Via::Direct, Via::Qemu] {
+        let (qemu, _) = booted();
+        let dir = images();
+        let cancel = Cancel::new().unwrap();
+        let partial = Mutex::new(Vec::new());
+        let hook = Twice {
+            first: Hook::at("ram", || cancel.cancel()),
+            second: Hook::at("settle", || *partial.lock().unwrap() = names_in(dir.path())),
+        };
+        let settings = SaveSettings {
+            via,
+            ..SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), dir.path().join("vm.img"))
+        };
+        assert_eq!(told(vmstate::save(&settings, &cancel, &hook)).0, Kind::Interrupted, "{via:?}");
+        drop(hook);
+        let partial = partial.into_inner().unwrap();
+        assert!(matches!(&partial[..], [name] if name.ends_with(".partial")), "{via:?}: {partial:?}");
+        assert_eq!(names_in(dir.path()), [""; 0], "{via:?}");
+        assert_status(&qemu, "running");
+    }
+}
+
+/// Two things that happen to one save.
+struct Twice<'a> {
+    first: Hook<'a>,
+    second: Hook<'a>,
+}
+
+impl vmstate::Observer for Twice<'_> {
+    fn phase(&self, name: &'static str) {
+        self.first.phase(name);
+        self.second.phase(name);
+    }
+}
+
+/// An interrupt behind the rename ended with the exit code of a save that was interrupted, and perhaps without the
+/// end of QEMU, although the image stood.
+#[test]
+fn an_interrupt_comes_too_late_when_the_image_has_its_name() {
+    for then in [Then::Pause, Then::Resume, Then::Quit] {
+        let (mut qemu, _) = booted();
+        let dir = images();
+        let cancel = Cancel::new().unwrap();
+        let hook = Hook::at("settle", || cancel.cancel());
+        let settings = SaveSettings {
+            then,
+            ..SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), dir.path().join("vm.img"))
+        };
+        vmstate::save(&settings, &cancel, &hook)
+            .unwrap_or_else(|error| panic!("{then:?}: {}", error.chain()));
+        assert_eq!(names_in(dir.path()), ["vm.img"]);
+        match then {
+            Then::Pause => assert_status(&qemu, "paused"),
+            Then::Resume => assert_status(&qemu, "running"),
+            Then::Quit => assert!(qemu.wait(vmstate_rig::DEADLINE).unwrap().success()),
+        }
+    }
 }

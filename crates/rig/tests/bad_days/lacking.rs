@@ -10,7 +10,7 @@ use vmstate::{
 };
 use vmstate_rig::{DEADLINE, Hook, Proxy, StockLoad, stock_load};
 
-use crate::{assert_untouched, booted, images, names_in, other, save_to, small};
+use crate::{assert_untouched, booted, images, names_in, other, save_to, says, small, told};
 
 fn save_through(proxy: &Proxy, dir: &std::path::Path, via: Via) -> vmstate::Result<SaveReport> {
     let settings =
@@ -143,5 +143,28 @@ fn an_image_that_is_replaced_while_it_is_read_is_still_the_one_that_was_checked(
         assert_eq!(report.run_state, "running");
         target.wait_for_round(3, DEADLINE).unwrap();
         std::fs::rename(&kept, &image).unwrap();
+    }
+}
+
+/// The guest was stopped first, and only then was it seen that this monitor takes no descriptors.
+#[test]
+fn a_monitor_that_takes_no_descriptors_is_refused_while_the_guest_runs() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    drop(listener);
+    let mut spec = small();
+    spec.extra.extend(["-qmp".into(), format!("tcp:127.0.0.1:{port},server=on,wait=off").into()]);
+    let qemu = spec.start().unwrap();
+    let dir = images();
+    let mut client = other(&qemu);
+    for via in [Via::Auto, Via::Qemu] {
+        let address = QmpAddress::Tcp { host: "127.0.0.1".to_owned(), port };
+        let settings = SaveSettings { via, ..SaveSettings::new(address, dir.path().join("vm.img")) };
+        let result = vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved);
+        let clause = format!("descriptors cannot be passed to the QMP monitor at tcp:127.0.0.1:{port}");
+        let hint = "give QEMU a second monitor on a unix socket: -qmp unix:PATH,server=on,wait=off";
+        assert_eq!(told(result), says(Kind::Unsupported, &clause, hint), "{via:?}");
+        assert!(client.status().unwrap().running, "{via:?}");
+        assert!(client.take_events().iter().all(|event| event.name != "STOP"), "{via:?}");
     }
 }

@@ -3,8 +3,9 @@
 use std::time::Instant;
 
 use serde_json::json;
+use vmstate::net::QmpAddress;
 use vmstate::qmp::Client;
-use vmstate::{Kind, Via};
+use vmstate::{Cancel, Kind, SaveSettings, Then, Via};
 use vmstate_rig::{DEADLINE, Hook};
 
 use crate::{assert_status, assert_untouched, booted, images, names_in, other, save_to, says, small, told};
@@ -61,9 +62,9 @@ fn a_guest_that_is_resumed_while_qemu_copies_it_is_not_saved() {
                 let slow = json!({ "max-bandwidth": 4096 });
                 client.set_parameters(slow.as_object().unwrap().clone()).unwrap();
                 scope.spawn(move || {
-                    wait_for(&mut client, |event| {
-                        event.name == "MIGRATION" && event.data["status"] == "active"
-                    });
+                    while client.migration().unwrap().status != "active" {
+                        wait_for(&mut client, |event| event.name == "MIGRATION");
+                    }
                     client.cont().unwrap();
                     if !left_running {
                         client.stop().unwrap();
@@ -116,4 +117,53 @@ fn an_end_of_qemu_that_another_client_asks_for_ends_the_save() {
         drop(hook);
         assert!(qemu.wait(DEADLINE).unwrap().success());
     }
+}
+
+/// What is long behind the copy, the sync above all, was not watched: an image of a guest that ran again got its
+/// name, and `quit` ended that guest.
+#[test]
+fn a_guest_that_is_resumed_before_the_image_has_its_name_is_not_saved_and_not_ended() {
+    for (via, phase, then) in [
+        (Via::Direct, "metadata", Then::Quit),
+        (Via::Direct, "publish", Then::Pause),
+        (Via::Direct, "name", Then::Quit),
+        (Via::Qemu, "name", Then::Quit),
+    ] {
+        let name = format!("{via:?} {phase} {then:?}");
+        let (qemu, before) = booted();
+        let dir = images();
+        let hook = Hook::at(phase, || other(&qemu).cont().unwrap());
+        let settings = SaveSettings {
+            via,
+            then,
+            ..SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), dir.path().join("vm.img"))
+        };
+        let result = vmstate::save(&settings, &Cancel::new().unwrap(), &hook);
+        let clause = "the guest did not stand still during the save (event RESUME)";
+        assert_eq!(told(result), says(Kind::Peer, clause, HINT), "{name}");
+        assert_eq!(names_in(dir.path()), [""; 0], "{name}");
+        assert_status(&qemu, "running");
+        assert_untouched(&qemu, &before);
+    }
+}
+
+#[test]
+fn a_guest_that_is_resumed_when_the_image_has_its_name_is_not_ended() {
+    let (qemu, before) = booted();
+    let dir = images();
+    let hook = Hook::at("settle", || other(&qemu).cont().unwrap());
+    let settings = SaveSettings {
+        then: Then::Quit,
+        ..SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), dir.path().join("vm.img"))
+    };
+    let (kind, chain, _) = told(vmstate::save(&settings, &Cancel::new().unwrap(), &hook));
+    assert_eq!(kind, Kind::Peer);
+    assert_eq!(
+        chain,
+        "the image is saved, but QEMU was not left as it was: the guest did not stand still during the save (event \
+         RESUME)"
+    );
+    assert_eq!(names_in(dir.path()), ["vm.img"]);
+    assert_status(&qemu, "running");
+    assert_untouched(&qemu, &before);
 }

@@ -145,3 +145,88 @@ fn the_footprint_sees_what_is_left_behind() {
     }
     assert_eq!(changes.len(), 4, "{changes:?}");
 }
+
+/// The first sector of a disk, whose code puts the machine to sleep (ACPI S3) and idles when it is woken.
+fn sleeper(path: &std::path::Path) {
+    #[rustfmt::skip]
+    let code = [
+        0xfa,             // cli
+        0xb0, 0x02,       // mov al, 2
+        0xe6, 0xb2,       // out 0xb2, al: ACPI is to have its way
+        0xba, 0x04, 0x06, // mov dx, 0x604: PM1a control
+        0xb8, 0x01, 0x24, // mov ax, 0x2401: sleep now, as S3
+        0xef,             // out dx, ax
+        0xf4,             // hlt
+        0xeb, 0xfd,       // jmp back to it
+    ];
+    let mut sector = [0; 512];
+    sector[..code.len()].copy_from_slice(&code);
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    std::fs::write(path, sector).unwrap();
+}
+
+/// QEMU refuses this to a guest that does not sleep.
+fn wake(qemu: &lab::Qemu) {
+    let mut client = other(qemu);
+    client.execute("system_wakeup", json!({})).unwrap();
+    let deadline = Some(std::time::Instant::now() + DEADLINE);
+    while client.next_event(deadline).unwrap().expect("the event").name != "WAKEUP" {}
+}
+
+/// A save left a sleeping guest in the state `save-vm`, out of which nobody could wake it: QEMU takes `suspended`
+/// for a state in which a guest is live, although it does not run.
+#[test]
+fn a_guest_that_sleeps_sleeps_on_after_a_save_and_can_be_woken() {
+    let dir = images();
+    let disk = dir.path().join("disk");
+    sleeper(&disk);
+    let spec = QemuSpec {
+        guest: None,
+        second_qmp: true,
+        extra: vec!["-drive".into(), format!("if=ide,format=raw,file={}", disk.display()).into()],
+        ..QemuSpec::new(MachineKind::Pc, 64 << 20)
+    };
+    let qemu = spec.start().unwrap();
+    let mut client = other(&qemu);
+    while client.status().unwrap().status != "suspended" {
+        let deadline = Some(std::time::Instant::now() + DEADLINE);
+        assert!(client.next_event(deadline).unwrap().is_some(), "it falls asleep");
+    }
+    drop(client);
+    let image = dir.path().join("vm.img");
+    // QEMU itself would be aborted by the `cont` behind its own save.
+    assert_eq!(
+        told(save_to(&image, &qemu, Via::Qemu, &Unobserved)),
+        says(
+            Kind::Unsupported,
+            "QEMU cannot resume a sleeping guest that it has saved itself",
+            "wake it first, with the QMP command system_wakeup"
+        )
+    );
+    assert_status(&qemu, "suspended");
+
+    // One that fails, and one that succeeds.
+    let cancel = vmstate::Cancel::new().unwrap();
+    let hook = vmstate_rig::Hook::at("metadata", || {
+        assert_status(&qemu, "paused");
+        cancel.cancel();
+    });
+    let settings = vmstate::SaveSettings {
+        via: Via::Direct,
+        then: vmstate::Then::Resume,
+        ..vmstate::SaveSettings::new(vmstate::net::QmpAddress::Unix(qemu.qmp_path()), &image)
+    };
+    assert_eq!(told(vmstate::save(&settings, &cancel, &hook)).0, Kind::Interrupted);
+    drop(hook);
+    assert_status(&qemu, "suspended");
+    let report = vmstate::save(&settings, &vmstate::Cancel::new().unwrap(), &Unobserved).unwrap();
+    assert_eq!(report.run_state, "suspended");
+    assert_status(&qemu, "suspended");
+    wake(&qemu);
+    drop(qemu);
+
+    let target = stock_load(&spec, &image, StockLoad::BEST);
+    other(&target).cont().unwrap();
+    assert_status(&target, "suspended");
+    wake(&target);
+}

@@ -91,6 +91,27 @@ pub(super) fn open_for_save(
     Ok(session)
 }
 
+/// Connects for finding out what a save would do: refused where a save is under way, and nothing that a killed one
+/// has left is touched.
+///
+/// # Errors
+/// As [`open_for_save`].
+pub(super) fn open_for_rehearsal(
+    address: &QmpAddress,
+    cancel: &Cancel,
+    observer: &dyn Observer,
+) -> Result<Session> {
+    let mut client = Client::connect(address, cancel)?;
+    if !Leftovers::find(&mut client, false)?.is_empty() {
+        observer.warn(
+            "a save of this guest was killed; the next one clears what it left, as does vmstate resume",
+        );
+    }
+    let mut session = Session::over(client)?;
+    session.keep_note();
+    Ok(session)
+}
+
 /// Clears what a killed save has left and takes its debts over.
 fn take_over(mut client: Client, left: Leftovers, observer: &dyn Observer) -> Result<Session> {
     let version = client.version()?;

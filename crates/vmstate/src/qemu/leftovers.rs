@@ -101,7 +101,7 @@ impl Leftovers {
         let noted = self.notes.iter().filter_map(|(_, note)| note.stopped.clone()).next_back();
         let status = session.client.status()?;
         // Any other state is not that of a guest which a save has stopped: somebody has dealt with it since.
-        if matches!(status.status.as_str(), "paused" | "postmigrate" | "finish-migrate") {
+        if matches!(status.status.as_str(), "paused" | "postmigrate" | "finish-migrate" | "save-vm") {
             cleared.stopped = noted;
         }
         session.owe(cleared.stopped.clone())?;

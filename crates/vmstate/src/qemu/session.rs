@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::note::{Note, Saver, remove_note};
 use crate::net::QmpAddress;
-use crate::qmp::{Capability, Client, Event, MigrationInfo, RunStatus, Version};
+use crate::qmp::{Capability, Client, MigrationInfo, RunStatus, Version};
 use crate::{Error, Kind, Result};
 
 /// How long putting things back may take; a QEMU that hangs must not hang its cleaner.
@@ -50,10 +50,8 @@ pub struct Session {
     stopped: bool,
     /// Set from the pause on: from then the guest is to stand still.
     watching: bool,
-    /// The first event since then that says it did not.
-    moved: Option<String>,
-    /// Whether another client has resumed it since then, so that its state is that client's wish.
-    resumed: bool,
+    /// The state in which it then stood.
+    state_stopped: Option<String>,
     /// The guest's state before it was stopped, by us or by a save whose debts are ours now.
     state_before: Option<String>,
     /// Whether a note of what is owed is kept in QEMU, and the id of the one that is there.
@@ -106,8 +104,7 @@ impl Session {
             held: Vec::new(),
             stopped: false,
             watching: false,
-            moved: None,
-            resumed: false,
+            state_stopped: None,
             state_before: None,
             keeps_note: false,
             note: None,
@@ -297,7 +294,11 @@ impl Session {
         Ok(())
     }
 
-    fn require_descriptors(&self) -> Result<()> {
+    /// Makes sure that descriptors can be passed to this monitor.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] where it is no unix socket.
+    pub fn require_descriptors(&self) -> Result<()> {
         if self.client.passes_descriptors() {
             return Ok(());
         }
@@ -353,19 +354,21 @@ impl Session {
             // An event that was queued before the query only costs one more query; one that comes after it
             // ends the wait. Terminal states always send one.
             loop {
-                let Some(event) = self.client.next_event(deadline)? else {
-                    return Err(Error::new(
-                        Kind::Peer,
-                        format!("QEMU's migration is still in state `{}`", info.status),
-                    ));
-                };
-                self.note(&event);
+                let event = self.client.next_event(deadline)?;
                 // Nothing of it is worth waiting for, unless it is being given up already.
-                if let Some(event) = self.moved.as_ref().filter(|_| !self.settled) {
+                if let Some(event) = self.moved().filter(|_| !self.settled) {
                     return Err(did_not_stand_still(&format!("event {event}")));
                 }
-                if event.name == "MIGRATION" {
-                    break;
+                // Events that are there already come after the deadline, too.
+                match event.filter(|_| deadline.is_none_or(|deadline| Instant::now() < deadline)) {
+                    Some(event) if event.name == "MIGRATION" => break,
+                    Some(_) => {}
+                    None => {
+                        return Err(Error::new(
+                            Kind::Peer,
+                            format!("QEMU's migration is still in state `{}`", info.status),
+                        ));
+                    }
                 }
             }
         }
@@ -401,7 +404,7 @@ impl Session {
     /// As every QMP command; [`Kind::Peer`] where the guest is not paused afterwards.
     pub fn pause(&mut self) -> Result<RunStatus> {
         let mut before = self.client.status()?;
-        if before.running {
+        if before.is_live() {
             // Owed even if the answer never comes: QEMU may have stopped all the same.
             self.stopped = true;
             self.state_before = Some(before.status.clone());
@@ -409,40 +412,30 @@ impl Session {
             self.client.stop()?;
         } else if let (true, Some(status)) = (self.stopped, &self.state_before) {
             // A killed save stopped it, and its debt is ours.
-            before = RunStatus { running: true, status: status.clone() };
+            before = RunStatus { running: status != "suspended", status: status.clone() };
         }
         let after = self.client.status()?;
         if after.running {
             return Err(Error::new(Kind::Peer, "the guest runs although it was stopped")
                 .hint("another client has resumed it; keep it from doing so during the save"));
         }
-        self.client.take_events();
+        self.client.watch();
         self.watching = true;
+        self.state_stopped = Some(after.status);
         Ok(before)
     }
 
-    /// Remembers what an event says about a guest that is to stand still.
-    fn note(&mut self, event: &Event) {
-        if !self.watching {
-            return;
-        }
-        let name = event.name.as_str();
-        self.resumed |= name == "RESUME";
-        if matches!(name, "RESUME" | "RESET" | "SHUTDOWN" | "POWERDOWN" | "WAKEUP" | "GUEST_PANICKED") {
-            self.moved.get_or_insert_with(|| name.to_owned());
-        }
+    /// The first event since the pause that says that the guest did not stand still.
+    fn moved(&self) -> Option<&'static str> {
+        self.client.moves().first.filter(|_| self.watching)
     }
 
-    /// The guest's state now, with every event that preceded it noted.
+    /// The guest's state now. The answer comes after every event that preceded it.
     fn look(&mut self) -> Result<RunStatus> {
         let status = self.client.status()?;
-        // The answer comes after every event that preceded it.
-        for event in self.client.take_events() {
-            self.note(&event);
-        }
         // Whoever resumed it, and perhaps stopped it again, has said what it is to do: that is not ours to
         // undo. Only a migration that went through has stopped it against that wish.
-        if self.resumed && status.status != "postmigrate" {
+        if self.watching && self.client.moves().resumed && status.status != "postmigrate" {
             self.stopped = false;
         }
         Ok(status)
@@ -455,9 +448,13 @@ impl Session {
     /// [`Kind::Peer`] where it has run, even for a moment.
     pub fn verify_still(&mut self) -> Result<()> {
         let status = self.look()?;
-        match &self.moved {
+        match self.moved() {
             Some(event) => Err(did_not_stand_still(&format!("event {event}"))),
             None if status.running => Err(did_not_stand_still("it runs now")),
+            // Before QEMU 9.0 a sleeping guest is called that while it stands still, too.
+            None if status.is_live() && self.state_stopped.as_ref() != Some(&status.status) => {
+                Err(did_not_stand_still(&format!("it is {} now", status.status)))
+            }
             None => Ok(()),
         }
     }
@@ -482,6 +479,16 @@ impl Session {
             self.stopped = false;
         }
         Ok(())
+    }
+
+    /// Whether the guest is still to stand still: it was paused, and not resumed by this session.
+    pub fn is_watching(&self) -> bool {
+        self.watching
+    }
+
+    /// From now on no wait is cut short by an interrupt: what is done cannot be taken back.
+    pub fn ignore_cancel(&mut self) {
+        self.client.ignore_cancel(SETTLE_TIMEOUT);
     }
 
     /// Keeps our end of a socket open until QEMU was told to stop writing into it.

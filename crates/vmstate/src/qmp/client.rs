@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use io::Cancel;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Map, Value, json};
 
@@ -19,8 +20,13 @@ use crate::{Error, Kind, Result};
 /// The longest line accepted from a monitor. `query-machines` and `info mtree` of large guests stay
 /// far below it.
 const LINE_LEN_MAX: usize = 64 << 20;
-/// How many events are kept while nobody looks; a guest cannot make us hoard more.
-const EVENTS_MAX: usize = 16 << 10;
+/// How many events are kept while nobody looks; a guest cannot make us hoard more. The oldest goes first, but
+/// what it said of a guest that is to stand still is kept apart.
+const EVENTS_MAX: usize = 1 << 10;
+/// The longest name of an event that is kept whole; QEMU's own have half of that at the most.
+const EVENT_NAME_LEN_MAX: usize = 64;
+/// The events after which a guest is not what it was when it was stopped.
+const MOVES: [&str; 6] = ["RESUME", "RESET", "SHUTDOWN", "POWERDOWN", "WAKEUP", "GUEST_PANICKED"];
 /// The most descriptors one command carries; ours carry one.
 const FDS_MAX: usize = 2;
 
@@ -34,13 +40,20 @@ pub(crate) const CLOSED_HINT: &str = "look at QEMU's own messages: it has probab
 /// The hint of every error that says that something else listens.
 const ADDRESS_HINT: &str = "give the path of QEMU's own QMP socket: -qmp unix:PATH,server=on,wait=off";
 
-/// An event that QEMU sent by itself.
-#[derive(Clone, Debug, PartialEq)]
+/// An event that QEMU sent by itself. What it is about is asked for: the data would be as long as a guest likes.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
     /// For example `RESUME` or `MIGRATION`.
     pub name: String,
-    /// Its data, `Null` where it has none.
-    pub data: Value,
+}
+
+/// What the events since [`Client::watch`] say of a guest that is to stand still.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moves {
+    /// The first one that says that it did not.
+    pub first: Option<&'static str>,
+    /// Whether another client has resumed it.
+    pub resumed: bool,
 }
 
 enum Stream {
@@ -77,7 +90,10 @@ pub struct Client {
     buffer: Vec<u8>,
     /// How much of `buffer` is known to hold no line end.
     searched: usize,
+    /// What is left of a command whose sending was cut short: without it the next one would not be understood.
+    unsent: Vec<u8>,
     events: VecDeque<Event>,
+    moves: Moves,
     next_id: u64,
     cancel: Option<Cancel>,
     /// The longest that an answer may take; `None` waits for ever.
@@ -127,7 +143,9 @@ impl Client {
             name,
             buffer: Vec::new(),
             searched: 0,
+            unsent: Vec::new(),
             events: VecDeque::new(),
+            moves: Moves::default(),
             next_id: 0,
             cancel: Some(cancel.clone()),
             timeout: None,
@@ -216,21 +234,22 @@ impl Client {
         request.insert("id".into(), id.into());
         let mut line = Value::Object(request).to_string();
         line.push('\n');
-        self.send(line.as_bytes(), fds).map_err(|error| match error.kind() {
-            ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => self.closed(),
-            _ => Error::io(format!("QMP command {command} could not be sent"), error),
-        })?;
-
         let deadline = self.timeout.map(|timeout| Instant::now() + timeout);
+        let unanswered = |client: &Client| {
+            let within = client.timeout.unwrap_or_default();
+            Error::new(Kind::Peer, format!("QEMU did not answer {command} within {within:?}"))
+        };
+        if !self.send(command, line.as_bytes(), fds, deadline)? {
+            return Err(unanswered(self));
+        }
         loop {
-            let Some(mut message) = self.read_message(deadline)? else {
-                return Err(Error::new(
-                    Kind::Peer,
-                    format!("QEMU did not answer {command} within {:?}", self.timeout.unwrap_or_default()),
-                ));
-            };
+            let Some(mut message) = self.read_message(deadline)? else { return Err(unanswered(self)) };
             if message.get("id").and_then(Value::as_u64) != Some(id) {
-                self.queue(message);
+                self.queue(&message);
+                // Whoever sends without a pause must not hold us up for ever.
+                if is_over(deadline) {
+                    return Err(unanswered(self));
+                }
                 continue;
             }
             if let Some(error) = message.get("error") {
@@ -251,10 +270,26 @@ impl Client {
                 return Ok(Some(event));
             }
             match self.read_message(deadline)? {
-                Some(message) => self.queue(message),
+                Some(message) => self.queue(&message),
                 None => return Ok(None),
             }
+            if self.events.is_empty() && is_over(deadline) {
+                return Ok(None);
+            }
         }
+    }
+
+    /// Forgets every event so far: what comes from now on tells whether the guest stands still.
+    pub fn watch(&mut self) {
+        self.events.clear();
+        self.moves = Moves::default();
+    }
+
+    /// What has been heard of the guest's moves since [`Client::watch`], however many other events came.
+    ///
+    /// After an answer, every event that preceded it has been heard.
+    pub fn moves(&self) -> Moves {
+        self.moves
     }
 
     /// Takes every event that has come so far.
@@ -264,40 +299,87 @@ impl Client {
         self.events.drain(..).collect()
     }
 
-    fn queue(&mut self, message: Value) {
+    fn queue(&mut self, message: &Value) {
         // Anything else is the answer to a command whose wait was cut short.
         if let Some(name) = message.get("event").and_then(Value::as_str) {
             if self.events.len() == EVENTS_MAX {
                 self.events.pop_front();
             }
-            self.events.push_back(Event { name: name.to_owned(), data: message["data"].clone() });
+            if let Some(known) = MOVES.iter().find(|known| **known == name) {
+                self.moves.first.get_or_insert(known);
+                self.moves.resumed |= *known == "RESUME";
+            }
+            self.events.push_back(Event { name: name.chars().take(EVENT_NAME_LEN_MAX).collect() });
         }
     }
 
-    fn send(&mut self, mut bytes: &[u8], fds: &[BorrowedFd<'_>]) -> std::io::Result<()> {
+    /// Sends a command behind what is left of the one before; whether it went before the deadline.
+    fn send(
+        &mut self,
+        command: &str,
+        line: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: Option<Instant>,
+    ) -> Result<bool> {
         assert!(fds.len() <= FDS_MAX, "descriptors of one command");
+        let rest = std::mem::take(&mut self.unsent);
+        let (sent, outcome) = self.send_some(command, &rest, &[], deadline);
+        self.unsent = rest[sent..].to_vec();
+        if !matches!(outcome, Ok(true)) {
+            return outcome;
+        }
+        let (sent, outcome) = self.send_some(command, line, fds, deadline);
+        // One of which QEMU has not seen a byte is as if it had never been.
+        if sent > 0 {
+            self.unsent = line[sent..].to_vec();
+        }
+        outcome
+    }
+
+    /// Sends bytes until the deadline; how many went, and whether they were all.
+    fn send_some(
+        &self,
+        command: &str,
+        bytes: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: Option<Instant>,
+    ) -> (usize, Result<bool>) {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
-            return Err(std::io::Error::other("too many descriptors for one command"));
+            return (0, Err(Error::new(Kind::Misuse, "too many descriptors for one command")));
         }
-        while !bytes.is_empty() {
-            match sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL) {
-                Ok(sent) => {
-                    bytes = &bytes[sent..];
+        let mut sent = 0;
+        while sent < bytes.len() {
+            // A QEMU that hangs leaves the socket full, and must not hang us.
+            match self.wait_for(PollFlags::OUT, deadline) {
+                Ok(true) => {}
+                waited => return (sent, waited),
+            }
+            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+            match sendmsg(&self.stream, &[IoSlice::new(&bytes[sent..])], &mut ancillary, flags) {
+                Ok(len) => {
+                    sent += len;
                     // The descriptors went with the first byte.
                     ancillary.clear();
                 }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return (sent, Err(self.closed())),
+                Err(error) => {
+                    return (sent, Err(Error::io(format!("QMP command {command} could not be sent"), error)));
+                }
             }
         }
-        Ok(())
+        (sent, Ok(true))
     }
 
     /// The next line as JSON; `None` at the deadline.
     fn read_message(&mut self, deadline: Option<Instant>) -> Result<Option<Value>> {
         loop {
+            // Not only while waiting: a peer that keeps sending never lets us wait.
+            if self.is_cancelled() {
+                return Err(Error::interrupted());
+            }
             if let Some(at) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
                 let end = self.searched + at;
                 let message = serde_json::from_slice(&self.buffer[..end]);
@@ -316,13 +398,18 @@ impl Client {
                     format!("a QMP line is longer than {LINE_LEN_MAX} bytes"),
                 ));
             }
-            if !self.wait_readable(deadline)? {
+            if !self.wait_for(PollFlags::IN, deadline)? {
                 return Ok(None);
             }
             let mut chunk = [0; 16 << 10];
             match self.stream.read(&mut chunk) {
                 Ok(0) => return Err(self.closed()),
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => return Err(self.closed()),
+                // The end of a line that came in time counts, its beginning does not.
+                Ok(len) if !chunk[..len].contains(&b'\n') && is_over(deadline) => {
+                    self.buffer.extend_from_slice(&chunk[..len]);
+                    return Ok(None);
+                }
                 Ok(len) => self.buffer.extend_from_slice(&chunk[..len]),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
@@ -336,21 +423,22 @@ impl Client {
         Error::new(Kind::Peer, format!("QEMU closed the QMP connection at {}", self.name)).hint(CLOSED_HINT)
     }
 
-    fn wait_readable(&self, deadline: Option<Instant>) -> Result<bool> {
+    /// Waits until the connection can be read or written, as `wanted`; whether it can before the deadline.
+    fn wait_for(&self, wanted: PollFlags, deadline: Option<Instant>) -> Result<bool> {
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             let timeout = left.map(|left| Timespec {
                 tv_sec: left.as_secs() as i64,
                 tv_nsec: i64::from(left.subsec_nanos()),
             });
-            let mut fds = vec![PollFd::new(&self.stream, PollFlags::IN)];
+            let mut fds = vec![PollFd::new(&self.stream, wanted)];
             if let Some(cancel) = &self.cancel {
                 fds.push(PollFd::from_borrowed_fd(cancel.as_fd(), PollFlags::IN));
             }
             match poll(&mut fds, timeout.as_ref()) {
                 Ok(0) => return Ok(false),
                 Ok(_) => {}
-                Err(rustix::io::Errno::INTR) => continue,
+                Err(Errno::INTR) => continue,
                 Err(error) => return Err(Error::io("poll on the QMP connection", error)),
             }
             if self.is_cancelled() {
@@ -360,5 +448,110 @@ impl Client {
                 return Ok(true);
             }
         }
+    }
+}
+
+fn is_over(deadline: Option<Instant>) -> bool {
+    deadline.is_some_and(|deadline| Instant::now() >= deadline)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+
+    use super::*;
+
+    /// A client of a peer that greets, accepts the first command and then does as it is told.
+    fn client(cancel: &Cancel, peer: impl FnOnce(UnixStream) + Send + 'static) -> Client {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || {
+            let mut to = &theirs;
+            to.write_all(b"{\"QMP\": {}}\n").unwrap();
+            let mut line = String::new();
+            // One byte at a time, so that nothing of what comes next is lost with the buffer.
+            BufReader::with_capacity(1, &theirs).read_line(&mut line).unwrap();
+            to.write_all(b"{\"return\": {}, \"id\": 1}\n").unwrap();
+            peer(theirs);
+        });
+        Client::from_socket(ours, "the test", cancel).unwrap()
+    }
+
+    /// The peer waits for the next command, so that what it does then is not done before.
+    fn await_command(stream: &UnixStream) {
+        BufReader::with_capacity(1, stream).read_line(&mut String::new()).unwrap();
+    }
+
+    fn flood(stream: UnixStream, line: &[u8]) {
+        let lines = line.repeat(512);
+        // Until the client has gone.
+        while (&stream).write_all(&lines).is_ok() {}
+    }
+
+    #[test]
+    fn a_peer_that_never_stops_sending_cannot_hold_up_a_deadline() {
+        let within = Duration::from_millis(50);
+        for line in ["{\"event\": \"RTC_CHANGE\"}\n", "{\"return\": {}, \"id\": 1000}\n", "no end of a line "]
+        {
+            let mut client = client(&Cancel::new().unwrap(), move |stream| flood(stream, line.as_bytes()));
+            client.timeout = Some(within);
+            let error = client.status().unwrap_err();
+            assert_eq!(error.to_string(), "QEMU did not answer query-status within 50ms", "{line}");
+            assert!(client.events.len() <= EVENTS_MAX);
+        }
+    }
+
+    #[test]
+    fn a_peer_that_never_stops_sending_cannot_hold_up_an_interrupt() {
+        let cancel = Cancel::new().unwrap();
+        let token = cancel.clone();
+        let mut client = client(&cancel, move |stream| {
+            await_command(&stream);
+            (&stream).write_all(&b"{\"event\": \"RTC_CHANGE\"}\n".repeat(512)).unwrap();
+            token.cancel();
+            flood(stream, b"{\"event\": \"RTC_CHANGE\"}\n");
+        });
+        assert_eq!(client.status().unwrap_err().kind(), Kind::Interrupted);
+    }
+
+    #[test]
+    fn a_flood_of_events_hides_no_move_of_the_guest() {
+        let mut client = client(&Cancel::new().unwrap(), |stream| {
+            await_command(&stream);
+            let event = |name: &str| format!("{{\"event\": \"{name}\", \"data\": {{\"long\": true}}}}\n");
+            let mut bytes = event("WAKEUP") + &event("RESUME");
+            bytes.push_str(&event("RTC_CHANGE").repeat(2 * EVENTS_MAX));
+            bytes.push_str(&event(&"X".repeat(4096)));
+            bytes.push_str("{\"return\": {\"running\": false, \"status\": \"paused\"}, \"id\": 2}\n");
+            (&stream).write_all(bytes.as_bytes()).unwrap();
+        });
+        client.watch();
+        client.status().unwrap();
+        assert_eq!(client.moves(), Moves { first: Some("WAKEUP"), resumed: true });
+        assert_eq!(client.events.len(), EVENTS_MAX);
+        assert!(client.take_events().iter().all(|event| event.name.len() <= EVENT_NAME_LEN_MAX));
+        client.watch();
+        assert_eq!(client.moves(), Moves::default());
+    }
+
+    #[test]
+    fn a_command_that_was_cut_short_is_completed_before_the_next() {
+        let (go, wait) = std::sync::mpsc::channel();
+        let mut client = client(&Cancel::new().unwrap(), move |stream| {
+            wait.recv().unwrap();
+            for (id, line) in (2u64..).zip(BufReader::new(&stream).lines()) {
+                let Ok(line) = line else { break };
+                let command: Value = serde_json::from_str(&line).unwrap();
+                assert_eq!(command["id"], id);
+                (&stream).write_all(format!("{{\"return\": {id}, \"id\": {id}}}\n").as_bytes()).unwrap();
+            }
+        });
+        // Far more than the socket holds while nobody reads.
+        client.timeout = Some(Duration::from_millis(50));
+        let error = client.execute("human-monitor-command", json!({ "command-line": "x".repeat(8 << 20) }));
+        assert_eq!(error.unwrap_err().to_string(), "QEMU did not answer human-monitor-command within 50ms");
+        assert!(!client.unsent.is_empty());
+        go.send(()).unwrap();
+        client.timeout = Some(Duration::from_secs(60));
+        assert_eq!(client.execute("query-status", json!({})).unwrap(), json!(3));
     }
 }

@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 use serde_json::{Map, Value, json};
 
 use super::Client;
+use super::client::CLOSED_HINT;
 use crate::{Error, Kind, Result};
 
 /// QEMU's version, as `query-version` tells it.
@@ -33,6 +34,16 @@ pub struct RunStatus {
     pub running: bool,
     /// The run state, for example `paused`.
     pub status: String,
+}
+
+impl RunStatus {
+    /// Whether the guest goes on by itself: it runs, or it sleeps (ACPI S3) and can be woken.
+    ///
+    /// Since QEMU 9.0 `stop` takes a sleeping guest out of that state and `cont` puts it back; for earlier ones
+    /// neither does anything to it.
+    pub fn is_live(&self) -> bool {
+        self.running || self.status == "suspended"
+    }
 }
 
 /// A migration capability and whether it is on.
@@ -119,8 +130,8 @@ impl Client {
     /// As [`Client::version`].
     pub fn quit(&mut self) -> Result<()> {
         match self.execute("quit", json!({})) {
-            Err(error) if !matches!(error.kind(), Kind::Peer | Kind::Io) => Err(error),
-            _ => Ok(()),
+            Err(error) if error.hint_text() == Some(CLOSED_HINT) => Ok(()),
+            answer => answer.map(drop),
         }
     }
 

@@ -179,7 +179,11 @@ struct Carried {
 ///
 /// On success the image stands under its name, durable unless `sync` is off. On failure, and when `cancel`
 /// is triggered, nothing stands there that did not before, the guest is in the state it was in, and QEMU
-/// has its own settings back.
+/// has its own settings back. The one exception is a guest that was found paused and that QEMU itself has saved
+/// ([`Via::Qemu`]): when a step behind that one fails, it is still paused, but QEMU calls that `postmigrate`.
+///
+/// Once the image stands, `cancel` has no say any more. What goes wrong then is told by an error that begins with
+/// "the image is saved".
 ///
 /// # Errors
 /// [`Kind::Misuse`] where the image exists and may not be replaced; [`Kind::Unsupported`] where the way
@@ -198,17 +202,20 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
     let mut watch = Stopwatch::start(observer);
     watch.phase("connect");
     // The target first: whoever mistyped its name should not have the guest touched.
-    let target = Target::open(&settings.image, settings.offset, draft_options(settings), cancel)?;
+    let mut target = Target::open(&settings.image, settings.offset, draft_options(settings), cancel)?;
     let mut session = super::resume::open_for_save(&settings.qmp, &settings.image, cancel, observer)?;
     session.client.timeout = settings.timeout;
-    let outcome = carry(settings, &mut session, (target, kind, format), cancel, &mut watch);
-    let outcome = outcome.and_then(|done| {
-        after(&mut session, settings.then)?;
-        Ok(done)
-    });
+    // What a failed save has written is removed on the way out, when the guest has long been resumed: on a slow
+    // disk that takes its time.
+    let outcome = match carry(settings, &mut session, (&mut target, kind, format), cancel, &mut watch) {
+        Ok(done) => publish(settings, &mut session, target, cancel, &mut watch).map(|()| done),
+        Err(error) => Err(error),
+    };
     watch.phase("settle");
-    let quit = outcome.is_ok() && settings.then == Then::Quit;
-    let settled = if quit { session.client.quit().map(|()| drop(session)) } else { session.settle() };
+    let settled = match &outcome {
+        Ok(_) => leave(session, settings.then),
+        Err(_) => session.settle(),
+    };
     let (carried, choice) = match (outcome, settled) {
         (Ok(done), Ok(())) => done,
         (Ok(_), Err(error)) => {
@@ -257,11 +264,11 @@ struct Choice {
     direct_io_reason: Option<String>,
 }
 
-/// Chooses the way and takes it, up to and including what makes it an image.
+/// Chooses the way and takes it, up to and not including what makes it an image.
 fn carry(
     settings: &SaveSettings,
     session: &mut Session,
-    (mut target, kind, format): (Target, TargetKind, SaveFormat),
+    (target, kind, format): (&mut Target, TargetKind, SaveFormat),
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
 ) -> Result<(Carried, Choice)> {
@@ -273,21 +280,21 @@ fn carry(
     let bytes = match &prepared {
         Some(ready) => {
             let present = room::present_bytes(&ready.ram)?;
-            direct::require_room(ready, present, &target, format)?;
+            direct::require_room(ready, present, target, format)?;
             present
         }
         // How much of it QEMU will find to be zero is not known.
         None => qemu::host_blocks(&mut session.client)?.iter().map(|block| block.used_length).sum(),
     };
-    room::settle_direct_io(settings, &mut target, format, bytes, watch.observer)?;
+    room::settle_direct_io(settings, target, format, bytes, watch.observer)?;
     let (carried, via) = match prepared {
         Some(ready) => {
             watch.observer.note("via direct: QEMU gives the device state only");
-            (direct::carry(settings, session, ready, (&target, format), cancel, watch)?, Via::Direct)
+            (direct::carry(settings, session, ready, (target, format), cancel, watch)?, Via::Direct)
         }
-        None => (via_qemu::carry(settings, session, &target, watch)?, Via::Qemu),
+        None => (via_qemu::carry(settings, session, target, watch)?, Via::Qemu),
     };
-    let direct_io_reason = why_not_direct(&target, format);
+    let direct_io_reason = why_not_direct(target, format);
     if let Some(reason) = &direct_io_reason {
         watch.observer.note(&format!("no direct I/O: {reason}"));
     }
@@ -295,12 +302,37 @@ fn carry(
         // All of the guest has been read: it need not wait for the disk.
         session.resume()?;
     }
-    watch.phase("publish");
-    if cancel.is_cancelled() {
-        return Err(Error::interrupted());
-    }
-    target.publish()?;
     Ok((carried, Choice { via, reason, direct_io_reason }))
+}
+
+/// Makes an image of what was written. Behind this there is no way back, and no interrupt.
+fn publish(
+    settings: &SaveSettings,
+    session: &mut Session,
+    target: Target,
+    cancel: &Cancel,
+    watch: &mut Stopwatch<'_>,
+) -> Result<()> {
+    watch.phase("publish");
+    let can_go_back = !matches!(target, Target::Outflow(_));
+    if can_go_back {
+        if cancel.is_cancelled() {
+            return Err(Error::interrupted());
+        }
+        if settings.sync {
+            // By far the longest part, so what happens meanwhile is looked at before the image gets its name.
+            target.sync()?;
+        }
+        watch.phase("name");
+        if session.is_watching() {
+            session.verify_still()?;
+        }
+        if cancel.is_cancelled() {
+            return Err(Error::interrupted());
+        }
+    }
+    session.ignore_cancel();
+    Ok(target.publish()?)
 }
 
 /// Chooses the way: what the direct one needs, or why it is not taken.
@@ -312,6 +344,7 @@ fn choose(
     observer: &dyn Observer,
 ) -> Result<(Option<direct::Prepared>, Option<String>)> {
     if settings.via == Via::Qemu {
+        via_qemu::refuse_sleeping(&session.client.status()?)?;
         return Ok((None, None));
     }
     match direct::prepare(settings, session) {
@@ -320,6 +353,7 @@ fn choose(
             if let Some(why) = why_not_qemu(kind, format) {
                 return Err(Error::new(Kind::Unsupported, why).because(error).hint("save to a new file"));
             }
+            via_qemu::refuse_sleeping(&session.client.status()?)?;
             observer.note(&format!("via qemu: {}", error.chain()));
             Ok((None, Some(error.chain())))
         }
@@ -396,11 +430,18 @@ fn recorded_state(record: Record, before: &RunStatus) -> String {
     }
 }
 
-/// Leaves the guest as the caller wants it after a success; quitting comes later.
-fn after(session: &mut Session, then: Then) -> Result<()> {
+/// Leaves the guest as the caller wants it after a success.
+fn leave(mut session: Session, then: Then) -> Result<()> {
     match then {
-        Then::Pause | Then::Quit => session.keep_paused(),
+        Then::Pause => session.keep_paused(),
         Then::Resume => session.resume()?,
+        Then::Quit => {
+            // A guest that somebody has resumed is not what the image holds any more, and not ours to end.
+            session.verify_still()?;
+            session.client.quit()?;
+            session.abandon();
+            return Ok(());
+        }
     }
-    Ok(())
+    session.settle()
 }

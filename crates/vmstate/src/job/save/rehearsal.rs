@@ -39,6 +39,8 @@ pub struct Rehearsal {
 
 /// Finds out what [`super::save()`] would do with these settings. The guest runs on, and nothing is left behind.
 ///
+/// What a killed save has left in QEMU is said and stays there: only a save clears it.
+///
 /// A pipe is not opened: its reader would take that for a stream that has begun.
 ///
 /// # Errors
@@ -53,7 +55,7 @@ pub fn rehearse(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observe
         TargetKind::Pipe => None,
         _ => Some(Target::open(&settings.image, settings.offset, draft_options(settings), cancel)?),
     };
-    let mut session = Session::open(&settings.qmp, cancel)?;
+    let mut session = crate::job::resume::open_for_rehearsal(&settings.qmp, cancel, observer)?;
     session.client.timeout = settings.timeout;
     let outcome = look(settings, &mut session, kind, format, target.as_mut(), &mut watch);
     watch.phase("settle");

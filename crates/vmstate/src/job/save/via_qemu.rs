@@ -26,6 +26,8 @@ pub(super) fn carry(
     target: &Target,
     watch: &mut Stopwatch<'_>,
 ) -> Result<Carried> {
+    // Found out before anything is changed, and above all before the guest is stopped.
+    session.require_descriptors()?;
     let direct = target.direct();
     session
         .configure(
@@ -56,6 +58,8 @@ pub(super) fn carry(
     let stopped_at = Instant::now();
     // A guest that runs writes pages twice, and a page that became zero keeps its old bytes in the file.
     let before = session.pause()?;
+    // It may have fallen asleep since it was first looked at.
+    refuse_sleeping(&before)?;
 
     watch.phase("ram");
     // Whichever of the two flags QEMU asks for must be there: a channel that it cannot open crashes it,
@@ -97,6 +101,16 @@ pub(super) fn carry(
         read_at,
         memory_bytes: anonymous_memory_bytes(),
     })
+}
+
+/// Refuses a guest that sleeps (ACPI S3). QEMU has no way from `postmigrate` back to `suspended`: the `cont` that is
+/// to bring the guest back would abort QEMU (system/runstate.c:runstate_transitions_def, QEMU 10.0).
+pub(super) fn refuse_sleeping(status: &RunStatus) -> Result<()> {
+    if status.status != "suspended" {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Unsupported, "QEMU cannot resume a sleeping guest that it has saved itself")
+        .hint("wake it first, with the QMP command system_wakeup"))
 }
 
 /// Checks what QEMU wrote, records the run state and adds the manifest. Returns the bytes of pages that
