@@ -6,6 +6,7 @@
 
 mod disks;
 mod ends;
+mod fits;
 mod lacking;
 mod late;
 mod others;
