@@ -12,7 +12,6 @@ use crate::obstacles::Obstacles;
 use crate::peer::{Peer, PeerError};
 use crate::private_file::PrivateFileBlock;
 use crate::remote::{RemoteSpan, read_spans};
-use crate::shared::SharedBlock;
 
 /// A RAM block as the VMM describes it. Nothing of it is believed unchecked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,7 +105,7 @@ pub(crate) fn attach_block(
     let open = |part| BackingFile::open(peer, covering, part, block.length);
     let reach = match &backing {
         Backing::PrivateAnonymous => Reach::Process,
-        &Backing::SharedFile(part) => Reach::Shared(SharedBlock::new(open(part)?, block.length)?),
+        &Backing::SharedFile(part) => Reach::Shared(open(part)?),
         &Backing::PrivateFile(part) => Reach::PrivateFile(PrivateFileBlock::open(peer, open(part)?)?),
         Backing::Unreachable { reason } => return Err(AttachReason::unreachable(reason)),
     };

@@ -47,8 +47,7 @@ impl GuestRam {
     /// # Panics
     /// When there is no such region.
     pub fn open_for_filling(&self, region: usize) -> io::Result<Option<Fillable>> {
-        let Reach::Shared(shared) = self.reach(region) else { return Ok(None) };
-        let backing = shared.file();
+        let Reach::Shared(backing) = self.reach(region) else { return Ok(None) };
         if !matches!(backing.medium(), Medium::Shmem | Medium::Disk) {
             return Ok(None);
         }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use page::{PageCount, PageSet, PageSize, Window};
 
 use crate::attach::{AttachError, AttachReason, BlockAddress, attach_block, try_reading};
-use crate::file::Medium;
+use crate::file::{BackingFile, Medium};
 use crate::kind::{Backing, classify};
 use crate::obstacles::Obstacles;
 use crate::peer::{Peer, PeerError};
@@ -15,7 +15,6 @@ use crate::presence::{PageTableRuns, PagemapMethod, Stretch};
 use crate::private_file::PrivateFileBlock;
 use crate::remote::{RemoteSpan, read_spans};
 use crate::runs::{Runs, Union, shared_runs, unmapped_runs};
-use crate::shared::SharedBlock;
 use crate::windows::Windows;
 
 /// The RAM blocks of a guest in another process, readable from here. Region `i` is block `i` of those given.
@@ -45,8 +44,8 @@ pub(crate) struct Region {
 pub(crate) enum Reach {
     /// From the process.
     Process,
-    /// From its file, or through a mapping of it.
-    Shared(SharedBlock),
+    /// From its file.
+    Shared(BackingFile),
     /// From the process where it has pages of its own, from its file elsewhere.
     PrivateFile(PrivateFileBlock),
 }
@@ -134,7 +133,7 @@ impl GuestRam {
     pub fn medium(&self, region: usize) -> Option<Medium> {
         match &self.regions[region].reach {
             Reach::Process => None,
-            Reach::Shared(shared) => Some(shared.file().medium()),
+            Reach::Shared(shared) => Some(shared.medium()),
             Reach::PrivateFile(private) => Some(private.file().medium()),
         }
     }
@@ -183,7 +182,7 @@ impl GuestRam {
         };
         let runs: Runs<'_> = match reach {
             Reach::Process => Box::new(of_process()?),
-            Reach::Shared(shared) => shared_runs(&self.peer, shared.file(), block.length, method)?,
+            Reach::Shared(shared) => shared_runs(&self.peer, shared, block.length, method)?,
             Reach::PrivateFile(private) => {
                 Box::new(Union::new(of_process()?, unmapped_runs(private.file(), block.length)?))
             }
@@ -291,7 +290,7 @@ impl GuestRam {
             let whole = block.address + part.offset..block.address + part.offset + part.len as u64;
             let (file, stretches) = match reach {
                 Reach::Process => (None, vec![(whole.clone(), true)]),
-                Reach::Shared(shared) => (Some(shared.file()), vec![(whole.clone(), false)]),
+                Reach::Shared(shared) => (Some(shared), vec![(whole.clone(), false)]),
                 Reach::PrivateFile(private) => {
                     let split = private.split(whole.clone()).map_err(|source| fail(source, whole.start))?;
                     (Some(private.file()), split)

@@ -13,8 +13,7 @@
 //! |---|---|---|---|---|
 //! | private, without a file | `-m`, memory-backend-ram, ROMs, video memory | the process | page tables: present or swapped, but for the zero page | process_vm_readv |
 //! | the same on huge pages | `MAP_HUGETLB` without a file | the process | page tables | process_vm_readv |
-//! | shared memfd, sealed | memory-backend-memfd | its descriptor, mapped | SEEK_DATA | where they are, or by pread |
-//! | shared file on tmpfs | memory-backend-file, -shm, unsealed memfd, `mem-path=/proc/PID/fd/N` | its descriptor | SEEK_DATA | pread |
+//! | shared file on tmpfs | memory-backend-memfd, -file, -shm, `mem-path=/proc/PID/fd/N` | its descriptor | SEEK_DATA | pread |
 //! | shared, without a name | memory-backend-ram,share=on of older QEMUs | `map_files` (root) | SEEK_DATA | pread |
 //! | shared file on ext4 or XFS | memory-backend-file,share=on | its descriptor | SEEK_DATA | pread |
 //! | shared file elsewhere | the same | its descriptor | all of it | pread |
@@ -50,7 +49,6 @@ mod presence;
 mod private_file;
 mod remote;
 mod runs;
-mod shared;
 mod spawn;
 mod supply;
 mod windows;
