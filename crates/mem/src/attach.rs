@@ -109,7 +109,8 @@ pub(crate) fn attach_block(
         &Backing::PrivateFile(part) => Reach::PrivateFile(PrivateFileBlock::open(peer, open(part)?)?),
         Backing::Unreachable { reason } => return Err(AttachReason::unreachable(reason)),
     };
-    Ok(Region::new(block.clone(), page_size, backing, reach))
+    let is_writable = covering.iter().all(|mapping| mapping.is_writable);
+    Ok(Region::new(block.clone(), page_size, backing, reach, is_writable))
 }
 
 /// Checks what the VMM said against what can be, before anything is computed from it.

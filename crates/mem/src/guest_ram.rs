@@ -34,6 +34,8 @@ pub(crate) struct Region {
     pub(crate) page_size: PageSize,
     pub(crate) backing: Backing,
     pub(crate) reach: Reach,
+    /// Whether the process itself may write all of it.
+    pub(crate) is_writable: bool,
     /// One bit for each page that was supplied as data. A piece has four words to itself, so lanes never
     /// meet in one.
     pub(crate) data: Vec<AtomicU64>,
@@ -51,11 +53,17 @@ pub(crate) enum Reach {
 }
 
 impl Region {
-    pub(crate) fn new(block: BlockAddress, page_size: PageSize, backing: Backing, reach: Reach) -> Region {
+    pub(crate) fn new(
+        block: BlockAddress,
+        page_size: PageSize,
+        backing: Backing,
+        reach: Reach,
+        is_writable: bool,
+    ) -> Region {
         let words = page_size.pages_of(block.length).0.div_ceil(64);
         // The length was found mapped in a process, so there is a word for each 256 KiB of its memory.
         let data = (0..words).map(|_| AtomicU64::new(0)).collect();
-        Region { block, page_size, backing, reach, data }
+        Region { block, page_size, backing, reach, is_writable, data }
     }
 
     fn pages(&self) -> PageCount {
@@ -138,8 +146,9 @@ impl GuestRam {
         }
     }
 
-    pub(crate) fn reach(&self, region: usize) -> &Reach {
-        &self.regions[region].reach
+    pub(crate) fn reach(&self, region: usize) -> (&Reach, bool) {
+        let region = &self.regions[region];
+        (&region.reach, region.is_writable)
     }
 
     /// The windows of a region that have pages, in order, with those pages marked. None is touched.

@@ -17,6 +17,8 @@ pub struct Mapping {
     pub end: u64,
     /// Whether the process may read it.
     pub is_readable: bool,
+    /// Whether the process may write it. A shared mapping is writable only if its file was opened for writing.
+    pub is_writable: bool,
     /// Whether writes go to the backing (`s`) instead of private copies (`p`).
     pub is_shared: bool,
     /// The offset in the file of the first address.
@@ -40,13 +42,14 @@ impl Mapping {
         let offset = take_field(&mut rest)?;
         let (major, minor) = split_at_byte(take_field(&mut rest)?, b':')?;
         let inode = take_field(&mut rest)?;
-        let &[read, _write, _execute, sharing] = permissions else { return None };
+        let &[read, write, _execute, sharing] = permissions else { return None };
         let (start, end) = (hex(start)?, hex(end)?);
         let device = rustix::fs::makedev(hex(major)?.try_into().ok()?, hex(minor)?.try_into().ok()?);
         (start < end).then_some(Mapping {
             start,
             end,
             is_readable: read == b'r',
+            is_writable: write == b'w',
             is_shared: sharing == b's',
             offset: hex(offset)?,
             device,
@@ -175,6 +178,7 @@ mod tests {
                 start: 0x7f00_0040_0000,
                 end: 0x7f00_0050_0000,
                 is_readable: true,
+                is_writable: true,
                 is_shared: true,
                 offset: 0x10_0000,
                 device: rustix::fs::makedev(0, 1),
