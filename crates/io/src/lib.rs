@@ -8,6 +8,7 @@
 //! Law: one lane is one thread with one slab. The caller's thread plans, deals and reads [`Counters`].
 
 mod cancel;
+mod constant_supply;
 mod counters;
 mod direct;
 mod draft;
@@ -26,6 +27,7 @@ mod target;
 mod timed;
 
 pub use cancel::Cancel;
+pub use constant_supply::ConstantSupply;
 pub use counters::{Counters, CountersReading};
 pub use direct::{DirectChoice, DirectIo, ReadPair};
 pub use draft::{Draft, DraftError, DraftOptions, DraftStep, Obstacle};

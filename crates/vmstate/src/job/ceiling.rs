@@ -1,22 +1,21 @@
 //! What the lanes and the disk do without a guest: the ceilings that a save and a restore are measured by.
 //!
-//! The lanes are those of the jobs. What they write is a constant of one piece, which stays in the processor's
-//! cache: each lane copies it into its slab of huge pages and writes it from there. The copy is not free: lanes
-//! that wrote their slabs again and again without it were 7 % faster (2 lanes, 512 MiB, 11 rounds), so that this
-//! ceiling is that much too low.
+//! The lanes are those of the jobs. What they write is a constant that each of them has in its slab of huge pages
+//! and writes again and again: nothing is read and nothing copied.
 
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use io::{Cancel, Counters, DirectChoice, Draft, DraftOptions, FileSupply, LaneSettings, LaneTarget};
+use io::{
+    Cancel, ConstantSupply, Counters, DirectChoice, Draft, DraftOptions, FileSupply, LaneSettings, LaneTarget,
+};
 use io::{Piece, ReadPair, Supply, WriteLanes};
-use mem::{BlockAddress, GuestRam, Peer};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 
 use super::save::default_channels;
-use crate::{Error, Kind, Result};
+use crate::{Error, Result};
 
 /// The bytes of a piece: as many as the lanes of a guest with pages of 4 KiB move at once.
 const PIECE: usize = 1 << 20;
@@ -26,7 +25,7 @@ const GRAIN: usize = 4096;
 /// Whether files in `directory` take direct I/O: QEMU crashes where it is told to use it and they do not.
 ///
 /// # Errors
-/// [`Kind::Io`] where no file can be made there.
+/// [`Kind::Io`](crate::Kind::Io) where no file can be made there.
 pub fn takes_direct_io(directory: &Path) -> Result<bool> {
     let options = DraftOptions { overwrite: true, sync: false, ..DraftOptions::default() };
     Ok(Draft::create(&directory.join("direct-io"), options)?.direct().is_some())
@@ -36,15 +35,14 @@ pub fn takes_direct_io(directory: &Path) -> Result<bool> {
 /// the end, and says how long that took. A file that is there is replaced.
 ///
 /// # Errors
-/// [`Kind::Io`], [`Kind::Interrupted`].
+/// [`Kind::Io`](crate::Kind::Io), [`Kind::Interrupted`](crate::Kind::Interrupted).
 pub fn write_fresh(path: &Path, bytes: u64, cancel: &Cancel) -> Result<Duration> {
-    let constant = Constant::new()?;
     let started = Instant::now();
     let options = DraftOptions { overwrite: true, direct: DirectChoice::Auto, ..DraftOptions::default() };
     let draft = Draft::create(path, options)?;
     draft.set_len(bytes)?;
     let align = draft.direct_io().alignment();
-    constant.write(draft.lane_target()?, align, bytes, cancel)?;
+    run(draft.lane_target()?, Arc::new(ConstantSupply), align, bytes, |_| 0, cancel)?;
     draft.publish()?;
     Ok(started.elapsed())
 }
@@ -52,7 +50,7 @@ pub fn write_fresh(path: &Path, bytes: u64, cancel: &Cancel) -> Result<Duration>
 /// Writes a constant over the whole file at `path`, whose blocks exist, durably, and says how long that took.
 ///
 /// # Errors
-/// [`Kind::Io`], [`Kind::Interrupted`].
+/// [`Kind::Io`](crate::Kind::Io), [`Kind::Interrupted`](crate::Kind::Interrupted).
 pub fn overwrite(path: &Path, cancel: &Cancel) -> Result<Duration> {
     let failed = |error: rustix::io::Errno| Error::io(format!("cannot write {}", path.display()), error);
     let open = |flags| rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC | flags, Mode::empty());
@@ -62,9 +60,8 @@ pub fn overwrite(path: &Path, cancel: &Cancel) -> Result<Duration> {
     let failed = |error: std::io::Error| Error::io(format!("cannot write {}", path.display()), error);
     let bytes = buffered.metadata().map_err(failed)?.len();
     let durable = buffered.try_clone().map_err(failed)?;
-    let constant = Constant::new()?;
     let started = Instant::now();
-    constant.write(LaneTarget::files(direct, buffered), GRAIN, bytes, cancel)?;
+    run(LaneTarget::files(direct, buffered), Arc::new(ConstantSupply), GRAIN, bytes, |_| 0, cancel)?;
     durable.sync_all().map_err(failed)?;
     Ok(started.elapsed())
 }
@@ -73,7 +70,7 @@ pub fn overwrite(path: &Path, cancel: &Cancel) -> Result<Duration> {
 /// how long that took.
 ///
 /// # Errors
-/// [`Kind::Io`], [`Kind::Interrupted`].
+/// [`Kind::Io`](crate::Kind::Io), [`Kind::Interrupted`](crate::Kind::Interrupted).
 pub fn read(path: &Path, cancel: &Cancel) -> Result<Duration> {
     let failed = |error: std::io::Error| Error::io(format!("cannot read {}", path.display()), error);
     let pair = ReadPair::open(path, DirectChoice::Auto).map_err(failed)?;
@@ -91,7 +88,7 @@ pub fn read(path: &Path, cancel: &Cancel) -> Result<Duration> {
 /// pages have to be found, and be charged to somebody.
 ///
 /// # Errors
-/// [`Kind::Io`], [`Kind::Interrupted`].
+/// [`Kind::Io`](crate::Kind::Io), [`Kind::Interrupted`](crate::Kind::Interrupted).
 pub fn populate(bytes: u64, cancel: &Cancel) -> Result<Duration> {
     let failed = |error: rustix::io::Errno| Error::io("cannot make shared memory", error);
     let memory = rustix::fs::memfd_create("vmstate-ceiling", MemfdFlags::CLOEXEC).map_err(failed)?;
@@ -99,51 +96,11 @@ pub fn populate(bytes: u64, cancel: &Cancel) -> Result<Duration> {
     let memory = File::from(memory);
     // To give the memory back takes its time, too; that begins with the last descriptor.
     let target = memory.try_clone().map_err(|error| Error::io("cannot make shared memory", error))?;
-    let constant = Constant::new()?;
     let started = Instant::now();
-    constant.write(LaneTarget::files(None, target), GRAIN, bytes, cancel)?;
+    run(LaneTarget::files(None, target), Arc::new(ConstantSupply), GRAIN, bytes, |_| 0, cancel)?;
     let took = started.elapsed();
     drop(memory);
     Ok(took)
-}
-
-/// One piece of memory of this process, as the lanes take a guest's.
-struct Constant {
-    /// Read by the lanes through the kernel only, at an address that does not move.
-    bytes: Vec<u8>,
-    supply: Arc<GuestRam>,
-}
-
-impl Constant {
-    fn new() -> Result<Constant> {
-        let failed = |error: mem::AttachError| Error::new(Kind::Io, "own memory").because(error);
-        let page = rustix::param::page_size();
-        let mut bytes = vec![0u8; PIECE + page];
-        // Numbers that neither compress nor repeat within a piece: a disk may be clever.
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        for word in bytes.chunks_exact_mut(8) {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            word.copy_from_slice(&state.to_le_bytes());
-        }
-        let address = bytes.as_ptr().addr().next_multiple_of(page) as u64;
-        let block = BlockAddress {
-            name: "constant".to_owned(),
-            address,
-            length: PIECE as u64,
-            page_size: GRAIN as u64,
-        };
-        let peer = Peer::open(std::process::id()).map_err(|error| failed(error.into()))?;
-        let ram = GuestRam::attach(Arc::new(peer), &[block]).map_err(failed)?;
-        Ok(Constant { bytes, supply: Arc::new(ram) })
-    }
-
-    fn write(&self, target: LaneTarget, align: usize, bytes: u64, cancel: &Cancel) -> Result<()> {
-        assert!(self.bytes.len() >= PIECE, "the constant is a piece long");
-        // Every piece is the same one.
-        run(target, self.supply.clone(), align, bytes, |_| 0, cancel)
-    }
 }
 
 /// Has as many lanes as a job has by default move `bytes`, in order; `source` says where in the supply the piece for
