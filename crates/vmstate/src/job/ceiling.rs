@@ -165,8 +165,8 @@ mod tests {
         let cancel = Cancel::new().unwrap();
         cancel.cancel();
         let path = directory.path().join("ceiling");
-        assert_eq!(write_fresh(&path, 64 << 20, &cancel).unwrap_err().kind(), Kind::Interrupted);
-        assert_eq!(populate(64 << 20, &cancel).unwrap_err().kind(), Kind::Interrupted);
+        assert_eq!(write_fresh(&path, 64 << 20, &cancel).unwrap_err().kind(), crate::Kind::Interrupted);
+        assert_eq!(populate(64 << 20, &cancel).unwrap_err().kind(), crate::Kind::Interrupted);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }
