@@ -18,7 +18,7 @@ use wire::qemu::format::MAPPED_RAM;
 
 use self::fill::Filling;
 use self::zero::{Verified, verify_zero};
-use super::save::{CHANNELS_MAX, default_channels};
+use super::save::{CHANNELS_MAX, QEMU_CHANNELS, default_channels};
 use super::{DirectIo, Observer, Phases, Stopwatch, Via};
 use crate::net::QmpAddress;
 use crate::qemu::{self, LaunchSettings, Launched, Session};
@@ -236,7 +236,10 @@ pub fn restore(
             Target::Launch { .. } => user_qmp,
         },
         direct_io: pair.direct.is_some(),
-        channels: settings.channels.unwrap_or_else(default_channels),
+        channels: settings.channels.unwrap_or_else(|| match via {
+            Via::Qemu => QEMU_CHANNELS,
+            _ => default_channels(),
+        }),
         run_state,
         first_instruction: running_at.duration_since(started),
         first_instruction_from_ready: running_at.duration_since(ready),
@@ -286,7 +289,7 @@ fn load(
     watch.phase("load");
     let channels = settings.channels.unwrap_or_else(default_channels);
     match way {
-        Way::Qemu => by_qemu(pair, settings.offset, channels, session)?,
+        Way::Qemu => by_qemu(pair, settings.offset, settings.channels.unwrap_or(QEMU_CHANNELS), session)?,
         Way::Stream => by_stream(pair, settings.offset, session)?,
         Way::Direct(image, filling) => {
             prepare_plain(session)?;

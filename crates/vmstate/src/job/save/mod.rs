@@ -116,6 +116,10 @@ impl SaveSettings {
     }
 }
 
+/// As many channels as serve QEMU: each of its threads waits for one request at a time, so it is their number
+/// that keeps the disk busy (1 GiB read in 0.33 s with eight, in 0.50 s with two, on two processors).
+pub(crate) const QEMU_CHANNELS: u16 = 8;
+
 /// One channel per processor, at least two so that one can wait for the disk, at most eight: more never
 /// helped, since the disk is the limit long before.
 pub(crate) fn default_channels() -> u16 {
@@ -245,7 +249,10 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
         format,
         direct_io: carried.direct_io,
         direct_io_reason: choice.direct_io_reason,
-        channels: settings.channels(),
+        channels: match choice.via {
+            Via::Qemu => settings.channels.unwrap_or(QEMU_CHANNELS),
+            _ => settings.channels(),
+        },
         run_state: carried.run_state,
         data_bytes: carried.data_bytes,
         zero_bytes: carried.zero_bytes,

@@ -1,13 +1,15 @@
 //! QEMU's own way: mapped-ram with multifd, into two descriptors of ours.
 
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Instant;
 
 use io::Target;
 use serde_json::json;
+use wire::qemu::format::QEMU_VM_SECTION_FOOTER;
 use wire::qemu::global_state;
 
-use super::{Carried, SaveSettings, Stopwatch, anonymous_memory_bytes};
+use super::{Carried, Observer, QEMU_CHANNELS, SaveSettings, Stopwatch, anonymous_memory_bytes};
 use crate::error::FULL_HINT;
 use crate::manifest::Manifest;
 use crate::qemu::{self, Session};
@@ -33,7 +35,7 @@ pub(super) fn carry(
         .configure(
             &["mapped-ram", "multifd"],
             &[
-                ("multifd-channels", json!(settings.channels())),
+                ("multifd-channels", json!(settings.channels.unwrap_or(QEMU_CHANNELS))),
                 ("multifd-compression", json!("none")),
                 ("direct-io", json!(direct.is_some())),
                 ("max-bandwidth", json!(BANDWIDTH_MAX)),
@@ -90,7 +92,7 @@ pub(super) fn carry(
     // By now QEMU has given the disks up, after which it does not write them.
     qemu::stat_disks(&mut facts, peer.map(|peer| peer.pid()));
     let manifest = Manifest::now(&session.version, "qemu", &run_state, facts);
-    let data_bytes = complete(target, &before, &run_state, &manifest)?;
+    let data_bytes = complete(target, &before, &run_state, &manifest, watch.observer)?;
     Ok(Carried {
         run_state,
         direct_io: direct.is_some(),
@@ -115,9 +117,26 @@ pub(super) fn refuse_sleeping(status: &RunStatus) -> Result<()> {
 
 /// Checks what QEMU wrote, records the run state and adds the manifest. Returns the bytes of pages that
 /// are in the image and of those that are not.
-fn complete(target: &Target, before: &RunStatus, run_state: &str, manifest: &Manifest) -> Result<(u64, u64)> {
-    let image = MappedRamFile::from_file(target.open_for_reading()?, target.path(), target.start())?;
-    image.verify()?;
+fn complete(
+    target: &Target,
+    before: &RunStatus,
+    run_state: &str,
+    manifest: &Manifest,
+    observer: &dyn Observer,
+) -> Result<(u64, u64)> {
+    let opened = MappedRamFile::from_file(target.open_for_reading()?, target.path(), target.start())
+        .and_then(|image| image.verify().map(|()| image));
+    let image = match opened {
+        Ok(image) => image,
+        // QEMU knows what it wrote: state that comes in pieces or early has no length for anybody else.
+        Err(error) if error.kind() == Kind::Unsupported => {
+            let told =
+                format!("vmstate cannot look into this image, only QEMU can load it: {}", error.chain());
+            observer.warn(&told);
+            return Ok((complete_unseen(target, run_state)?, 0));
+        }
+        Err(error) => return Err(error),
+    };
     let failed = |error| Error::io(format!("cannot complete {}", target.path().display()), error);
     if before.status != run_state || before.running {
         // QEMU saw a guest that we had stopped.
@@ -135,4 +154,76 @@ fn complete(target: &Target, before: &RunStatus, run_state: &str, manifest: &Man
     }
     let summary = image.summary()?;
     Ok((summary.data_bytes, summary.ram_bytes - summary.data_bytes))
+}
+
+/// How much of the end of an image is searched for the run state: behind it come a few small sections and the
+/// vmdescription.
+const TAIL_LEN: u64 = 16 << 20;
+/// The length of a section's footer.
+const FOOTER_LEN: usize = 5;
+
+/// Records the run state in an image that cannot be taken apart, by the head, the length and the footer of the
+/// one section that has it. Returns the bytes that the image takes on the disk.
+fn complete_unseen(target: &Target, run_state: &str) -> Result<u64> {
+    let cannot = |error| Error::io(format!("cannot complete {}", target.path().display()), error);
+    let file = target.open_for_reading()?;
+    let metadata = file.metadata().map_err(cannot)?;
+    let start = metadata.len().saturating_sub(TAIL_LEN).max(target.start());
+    let mut tail = vec![0; metadata.len().saturating_sub(start) as usize];
+    file.read_exact_at(&mut tail, start).map_err(cannot)?;
+    let unclear = || Error::new(Kind::Unsupported, "the run state cannot be recorded in this image");
+    let at = find_run_state(&tail).ok_or_else(unclear)?;
+    let payload = &mut tail[at..at + global_state::PAYLOAD_LEN];
+    global_state::patch_run_state(payload, run_state).map_err(|fault| unclear().because(fault))?;
+    target.write_all_at(payload, start + at as u64).map_err(cannot)?;
+    Ok(metadata.blocks() * 512)
+}
+
+/// Where the payload of the `globalstate` section is in the end of a stream; `None` where that is not the one
+/// place that looks like it.
+fn find_run_state(tail: &[u8]) -> Option<usize> {
+    let name = global_state::GLOBAL_STATE_SECTION.as_bytes();
+    // The length of the name in front of it; instance 0 and version 1 behind it.
+    let mut pattern = vec![name.len() as u8];
+    pattern.extend_from_slice(name);
+    pattern.extend_from_slice(&[0, 0, 0, 0, 0, 0, 0, 1]);
+    let mut found = None;
+    for at in tail.windows(pattern.len()).enumerate().filter(|(_, part)| *part == pattern).map(|(at, _)| at) {
+        let payload = at + pattern.len();
+        let id = at.checked_sub(4).and_then(|from| tail.get(from..at))?;
+        let footer = tail.get(payload + global_state::PAYLOAD_LEN..)?.get(..FOOTER_LEN)?;
+        let is_section = footer[0] == QEMU_VM_SECTION_FOOTER && footer[1..] == *id;
+        let bytes = tail.get(payload..payload + global_state::PAYLOAD_LEN)?;
+        if is_section && global_state::run_state(bytes).is_ok() && found.replace(payload).is_some() {
+            return None;
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn section(id: u8, state: &str) -> Vec<u8> {
+        let mut bytes = vec![4, 0, 0, 0, id, 11];
+        bytes.extend_from_slice(b"globalstate\0\0\0\0\0\0\0\x01");
+        let at = bytes.len();
+        bytes.resize(at + global_state::PAYLOAD_LEN, 0);
+        global_state::patch_run_state(&mut bytes[at..], state).unwrap();
+        bytes.extend_from_slice(&[QEMU_VM_SECTION_FOOTER, 0, 0, 0, id]);
+        bytes
+    }
+
+    #[test]
+    fn the_run_state_is_found_where_only_one_place_looks_like_it() {
+        let one = section(7, "paused");
+        let before = [b"junk globalstate".as_slice(), &one, b"\0\x06rest"].concat();
+        assert_eq!(find_run_state(&before), Some(16 + 25));
+        assert_eq!(find_run_state(&[one.clone(), section(8, "running")].concat()), None, "two of them");
+        let mut torn = one.clone();
+        *torn.last_mut().unwrap() = 9;
+        assert_eq!(find_run_state(&torn), None, "a footer of another section");
+        assert_eq!(find_run_state(&one[..one.len() - 1]), None, "cut short");
+    }
 }
