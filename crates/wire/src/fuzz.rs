@@ -2,10 +2,11 @@
 //!
 //! Each takes any bytes, must not panic for any of them, and asserts what holds for all of them.
 
-#![allow(clippy::indexing_slicing, reason = "a panic here is a finding")]
+#![allow(clippy::indexing_slicing, clippy::panic, reason = "a panic here is a finding")]
 
 use page::{PageCount, PageSize};
 
+use crate::libvirt::Head;
 use crate::mapped_ram::format::bitmap_len;
 use crate::mapped_ram::survey::{LayoutReport, LayoutSurvey, SurveyStep};
 use crate::mapped_ram::{BitmapScanner, Layout, LayoutDecoder, Step, decode_bitmap, encode_bitmap};
@@ -14,7 +15,7 @@ use crate::qemu::vmdesc::{self, Located};
 use crate::qemu::{
     BlockListVariant, Event, StreamScanner, decode_item, decode_preamble, decode_ram_setup, survey,
 };
-use crate::{Fault, FileRange};
+use crate::{DecodeError, Fault, FileRange};
 
 /// What is read can be written, and is the same bytes then.
 pub fn preamble(data: &[u8]) {
@@ -268,4 +269,41 @@ pub fn bitmap(data: &[u8]) {
         encode_bitmap(&set, &mut again);
         assert_eq!(again, data);
     }
+}
+
+/// A head asks for no byte beyond the file, a survey's first fault is the one of the reading, and what is read
+/// can be written and read again.
+pub fn libvirt_head(data: &[u8]) {
+    let file_len = data.len() as u64;
+    let mut given = 0;
+    let decoded = loop {
+        let surveyed = crate::libvirt::survey::head(&data[..given], 0, file_len);
+        match Head::decode(&data[..given], 0, file_len) {
+            Ok(head) => {
+                let Ok(report) = surveyed else { panic!("a survey wants more than a reading") };
+                assert_eq!(report.report.faults, []);
+                assert_eq!(report.payload_at, Some(head.len()));
+                assert_eq!(report.head.as_ref(), Some(&head));
+                break head;
+            }
+            Err(DecodeError::Fault(fault)) => {
+                // A survey may read on, and want more bytes for that.
+                let Ok(report) = crate::libvirt::survey::head(data, 0, file_len) else {
+                    panic!("a survey of all bytes wants more")
+                };
+                assert_eq!(report.report.faults.first(), Some(&fault));
+                return;
+            }
+            Err(DecodeError::Incomplete { needed, .. }) => {
+                assert!(needed > 0 && given as u64 + needed <= file_len);
+                given += needed as usize;
+            }
+        }
+    };
+    assert!(decoded.len() <= file_len);
+    let mut again = Vec::new();
+    decoded.encode(&mut again);
+    assert_eq!(Head::decode(&again, 0, again.len() as u64), Ok(decoded.clone()));
+    let _ = crate::libvirt::dump::head(&decoded, 0).to_string();
+    let _ = decoded.check_payload(&data[decoded.len() as usize..], decoded.len());
 }

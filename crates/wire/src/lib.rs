@@ -10,6 +10,7 @@
 //! - [`qemu`]: the migration stream: preamble, sections, commands, RAM records, device state,
 //!   vmdescription.
 //! - [`mapped_ram`]: the random-access image that the `mapped-ram` capability makes of that stream.
+//! - [`libvirt`]: what libvirt puts in front of either: header, domain XML, cookie.
 
 // Bytes are hostile: outside of tests nothing is indexed or unwrapped, but where a reason says why it holds.
 #![cfg_attr(
@@ -24,6 +25,7 @@ pub mod findings;
 #[doc(hidden)]
 pub mod fuzz;
 mod idstr;
+pub mod libvirt;
 pub mod mapped_ram;
 pub mod qemu;
 mod range;

@@ -24,8 +24,19 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("device_split", "two-ways", two_ways()),
         ("description", "small", br#"{"devices":[{"name":"a","instance_id":0,"fields":[{"name":"f","type":"struct","size":3,"array_len":2,"struct":{"vmsd_name":"s","version":1,"fields":[]}}],"subsections":[{"vmsd_name":"a/b","version":1,"fields":[]}]}],"vmstate":{"k":[1]}}"#.to_vec()),
         ("layout", "q35-10.0-mapped-ram", image[..].to_vec()),
+        ("libvirt_head", "libvirt-11.3-raw", libvirt_head()),
         ("bitmap", "pc.bios", vec![0, 3, 0, 0, 0xfe, 0xff, 0xff, 0xff, 0xff, 0xff]),
     ]
+}
+
+/// A head of libvirt's whose padding has 8 bytes instead of 64 KiB, and the beginning of a stream.
+fn libvirt_head() -> Vec<u8> {
+    let file = golden::load("libvirt-11.3-raw");
+    let head = wire::libvirt::Head::decode(&file, 0, file.len() as u64).unwrap();
+    let mut seed = Vec::new();
+    wire::libvirt::Head { padding_len: 8, ..head.clone() }.encode(&mut seed);
+    seed.extend_from_slice(&file[head.len() as usize..]);
+    seed
 }
 
 /// Device state that can be read as sections b, c, d or as b, e.
@@ -74,6 +85,7 @@ fn every_seed_passes_its_target() {
             "description" => wire::fuzz::description,
             "layout" => wire::fuzz::layout,
             "bitmap" => wire::fuzz::bitmap,
+            "libvirt_head" => wire::fuzz::libvirt_head,
             other => panic!("there is no target {other}"),
         };
         run(&bytes);

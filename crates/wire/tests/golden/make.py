@@ -159,7 +159,7 @@ def main():
     with open(os.path.join(HERE, "golden.toml"), "rb") as file:
         table = tomllib.load(file)["golden"]
     for golden in table:
-        if golden["qemu"] not in qemus or (names and golden["file"] not in names):
+        if golden.get("qemu") not in qemus or (names and golden["file"] not in names):
             continue
         with tempfile.TemporaryDirectory(dir=os.environ.get("GOLDEN_TMPDIR", "/var/tmp")) as directory:
             data = save(golden, shlex.split(qemus[golden["qemu"]]), directory)

@@ -7,7 +7,7 @@ use std::path::Path;
 use wire::mapped_ram::{Layout, LayoutDecoder, Step};
 use wire::{Fault, FileRange};
 
-/// Every golden file.
+/// Every golden file of QEMU's.
 pub const ALL: [&str; 9] = [
     "q35-10.0-mapped-ram",
     "q35-10.0-mapped-ram-multifd-direct-io",
@@ -18,6 +18,17 @@ pub const ALL: [&str; 9] = [
     "pc-7.2-stream",
     "q35-10.0-xen",
     "q35-7.2-xen",
+];
+
+/// The heads of libvirt's images, in the order of the formats' numbers.
+pub const LIBVIRT: [&str; 7] = [
+    "libvirt-11.3-raw",
+    "libvirt-11.3-gzip",
+    "libvirt-11.3-bzip2",
+    "libvirt-11.3-xz",
+    "libvirt-11.3-lzop",
+    "libvirt-11.3-zstd",
+    "libvirt-11.3-sparse",
 ];
 
 /// The file as QEMU wrote it, but for the pages of RAM, which are zero.
