@@ -119,6 +119,9 @@ pub struct Save {
     pub pid: Option<u32>,
 
     #[command(flatten)]
+    pub progress: ProgressArgs,
+
+    #[command(flatten)]
     pub report: ReportArgs,
 }
 
@@ -165,6 +168,9 @@ pub struct Restore {
     /// Let the QEMU that is started keep the terminal and its signals, and wait for it
     #[arg(long)]
     pub foreground: bool,
+
+    #[command(flatten)]
+    pub progress: ProgressArgs,
 
     #[command(flatten)]
     pub report: ReportArgs,
@@ -311,6 +317,27 @@ pub struct ReportArgs {
     /// Say what is being done, why, and how long each phase took
     #[arg(long, short)]
     pub verbose: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct ProgressArgs {
+    /// How it is told how far the job is: a bar on a terminal, or one JSON object a line on stderr
+    ///
+    /// Whatever is chosen, SIGUSR1 prints a line. With json everything on stderr is an object: what is said, too.
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = ProgressArg::Auto)]
+    pub progress: ProgressArg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ProgressArg {
+    /// A bar where stderr is a terminal, nothing elsewhere
+    Auto,
+    /// A bar; nothing where stderr is no terminal
+    Bar,
+    /// Objects
+    Json,
+    /// Nothing
+    None,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

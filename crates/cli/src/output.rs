@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -23,9 +24,9 @@ pub fn fail(error: &Error, as_json: bool) -> ExitCode {
             "hint": error.hint_text(),
         }));
     }
-    say(format!("error: {}", error.chain()));
+    tell("error", &format!("error: {}", error.chain()), &error.chain());
     if let Some(hint) = error.hint_text() {
-        say(format!("hint: {hint}"));
+        tell("hint", &format!("hint: {hint}"), hint);
     }
     ExitCode::from(if error.kind() == Kind::Interrupted { EXIT_INTERRUPTED } else { EXIT_FAILED })
 }
@@ -55,9 +56,57 @@ pub fn print_json(value: &Value) {
 
 /// Says something on stderr.
 pub fn say(text: impl AsRef<str>) {
+    tell("message", text.as_ref(), text.as_ref());
+}
+
+/// Whether every line of stderr is to be a JSON object.
+static STDERR_IS_JSON: AtomicBool = AtomicBool::new(false);
+
+/// From now on every line of stderr is a JSON object, so that a program can follow.
+pub fn speak_json() {
+    STDERR_IS_JSON.store(true, Ordering::Relaxed);
+}
+
+/// Says something on stderr: `line` for people, or `text` as an object of that kind.
+fn tell(event: &str, line: &str, text: &str) {
+    if STDERR_IS_JSON.load(Ordering::Relaxed) {
+        print_event(&json!({ "event": event, "text": text }));
+    } else {
+        use std::io::Write;
+        clear_bar();
+        // Whoever closed it does not want to know; the job goes on.
+        let _ = writeln!(std::io::stderr(), "{line}");
+    }
+}
+
+/// Prints an object on one line of stderr: in one piece, since a QEMU in the foreground may write there, too.
+pub fn print_event(event: &Value) {
+    clear_bar();
+    put(&format!("{event}\n"));
+}
+
+/// Whether a bar stands in the line of stderr that the cursor is in.
+static BAR_STANDS: Mutex<bool> = Mutex::new(false);
+/// Goes to the beginning of the line and empties it.
+const CLEAR_LINE: &str = "\r\x1b[K";
+
+/// Draws a bar in place of the one before. What is said next takes its place; an empty one leaves nothing.
+pub fn draw_bar(bar: &str) {
+    let mut stands = BAR_STANDS.lock().unwrap_or_else(PoisonError::into_inner);
+    if *stands || !bar.is_empty() {
+        put(&format!("{CLEAR_LINE}{bar}"));
+    }
+    *stands = !bar.is_empty();
+}
+
+fn clear_bar() {
+    draw_bar("");
+}
+
+fn put(text: &str) {
     use std::io::Write;
     // Whoever closed it does not want to know; the job goes on.
-    let _ = writeln!(std::io::stderr(), "{}", text.as_ref());
+    let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
 /// Tells what is going on as far as the user wants to know.
@@ -69,18 +118,18 @@ pub struct Reporter {
 impl Observer for Reporter {
     fn phase(&self, name: &'static str) {
         if self.verbose {
-            say(format!("· {name}"));
+            tell("phase", &format!("· {name}"), name);
         }
     }
 
     fn note(&self, text: &str) {
         if self.verbose {
-            say(format!("  {text}"));
+            tell("note", &format!("  {text}"), text);
         }
     }
 
     fn warn(&self, text: &str) {
-        say(format!("warning: {text}"));
+        tell("warning", &format!("warning: {text}"), text);
     }
 }
 

@@ -6,6 +6,7 @@ use vmstate::{Error, Kind, RestoreReport, RestoreSettings, Target, Via};
 use super::Outcome;
 use crate::args::{ModeArg, Restore, RestoreViaArg};
 use crate::output::{Reporter, line, ms, print_json, say, size, time};
+use crate::progress::Told;
 use crate::signals::cancel_on_signals;
 
 /// Restores a guest.
@@ -46,7 +47,9 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
         force: args.force,
     };
     let cancel = cancel_on_signals()?;
-    let mut report = vmstate::restore(&settings, &cancel, &Reporter { verbose: args.report.verbose })?;
+    let told = Told::start(Reporter { verbose: args.report.verbose }, args.progress.progress)?;
+    let mut report = vmstate::restore(&settings, &cancel, &told)?;
+    drop(told);
     if args.report.verbose {
         for (name, took) in &report.phases.0 {
             say(format!("  {name:<13} {:>9}", time(*took)));

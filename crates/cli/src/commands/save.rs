@@ -8,6 +8,7 @@ use vmstate::{Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, Via};
 use super::Outcome;
 use crate::args::{FormatArg, Save, ThenArg, ViaArg};
 use crate::output::{Reporter, leave_stdout, line, ms, print_json, say, size, time};
+use crate::progress::Told;
 use crate::signals::cancel_on_signals;
 
 /// Saves a guest.
@@ -44,15 +45,18 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
     };
     let cancel = cancel_on_signals()?;
     let reporter = Reporter { verbose: args.report.verbose };
+    let told = Told::start(reporter, args.progress.progress)?;
     if args.dry_run {
-        let rehearsal = vmstate::rehearse(&settings, &cancel, &reporter)?;
+        let rehearsal = vmstate::rehearse(&settings, &cancel, &told)?;
+        drop(told);
         match args.report.json {
             true => print_json(&rehearsal_as_json(&rehearsal)),
             false => tell(&settings, &rehearsal),
         }
         return Ok(if rehearsal.fits { Outcome::Done } else { Outcome::No });
     }
-    let report = vmstate::save(&settings, &cancel, &reporter)?;
+    let report = vmstate::save(&settings, &cancel, &told)?;
+    drop(told);
     if args.report.verbose {
         phases(&report);
     }

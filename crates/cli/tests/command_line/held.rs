@@ -62,6 +62,11 @@ impl Held {
         }
     }
 
+    /// Sends a signal that is not to end it.
+    pub fn ask(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::USR1).unwrap();
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()

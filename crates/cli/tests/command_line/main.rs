@@ -11,6 +11,7 @@ mod footprint;
 mod held;
 mod killed;
 mod monitors;
+mod progress;
 mod signals;
 
 use std::path::Path;

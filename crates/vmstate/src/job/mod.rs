@@ -2,6 +2,7 @@
 
 pub mod ceiling;
 mod inspect;
+mod progress;
 mod restore;
 mod resume;
 mod save;
@@ -9,6 +10,7 @@ mod save;
 use std::time::{Duration, Instant};
 
 pub use inspect::{BlockSummary, Check, ImageInfo, SectionSummary, check, check_at, info, info_at};
+pub use progress::{Estimate, Pace, Progress, ProgressReading};
 pub use restore::{Record, RestoreReport, RestoreSettings, Target, restore};
 pub use resume::{ResumeReport, ResumeSettings, resume};
 pub use save::{Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, rehearse, save};
@@ -57,6 +59,9 @@ pub trait Observer: Sync {
     fn note(&self, _text: &str) {}
     /// Something the user must know although the job goes on: one clause.
     fn warn(&self, _text: &str) {}
+    /// The job begins, and how far it is can be read from `progress` at any time and from any thread. It is handed
+    /// out once, before the first phase; a clone may outlive the job.
+    fn progress(&self, _progress: &Progress) {}
 }
 
 /// An observer that wants to know nothing.
@@ -75,15 +80,19 @@ struct Stopwatch<'a> {
     started: Instant,
     current: Option<(&'static str, Instant)>,
     phases: Phases,
+    progress: Progress,
 }
 
 impl<'a> Stopwatch<'a> {
     fn start(observer: &'a dyn Observer) -> Stopwatch<'a> {
-        Stopwatch { observer, started: Instant::now(), current: None, phases: Phases::default() }
+        let progress = Progress::start();
+        observer.progress(&progress);
+        Stopwatch { observer, started: Instant::now(), current: None, phases: Phases::default(), progress }
     }
 
     fn phase(&mut self, name: &'static str) {
         self.end_phase();
+        self.progress.enter(name);
         self.observer.phase(name);
         self.current = Some((name, Instant::now()));
     }

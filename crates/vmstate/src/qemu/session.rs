@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::note::{Note, Saver, remove_note};
 use crate::net::QmpAddress;
-use crate::qmp::{Capability, Client, MigrationInfo, RunStatus, Version};
+use crate::qmp::{Capability, Client, MigratedRam, MigrationInfo, RunStatus, Version};
 use crate::{Error, Kind, Result};
 
 /// How long putting things back may take; a QEMU that hangs must not hang its cleaner.
@@ -17,6 +17,10 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a step still waits when that time is over. Each is asked for all the same: a QEMU that comes
 /// round does what it was asked.
 const SETTLE_STEP_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// How often a QEMU that migrates is asked how far it is, where somebody wants to know. It answers from its main
+/// loop, which has nothing else to do while the guest stands still.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The capability that makes QEMU send `MIGRATION` events; the only one that may stay on for a probe.
 const EVENTS: &str = "events";
@@ -344,31 +348,50 @@ impl Session {
     /// As every QMP command; [`Kind::Peer`] where it takes longer than `timeout`, and as soon as the guest
     /// does not stand still although it was paused for this migration.
     pub fn migration_end(&mut self, timeout: Option<Duration>) -> Result<MigrationInfo> {
+        self.follow_migration(timeout, None)
+    }
+
+    /// As [`Session::migration_end`] without a timeout; `told` hears every now and then how far QEMU is.
+    ///
+    /// # Errors
+    /// As [`Session::migration_end`].
+    pub fn migration_end_told(&mut self, told: &mut dyn FnMut(MigratedRam)) -> Result<MigrationInfo> {
+        self.follow_migration(None, Some(told))
+    }
+
+    fn follow_migration(
+        &mut self,
+        timeout: Option<Duration>,
+        mut told: Option<&mut dyn FnMut(MigratedRam)>,
+    ) -> Result<MigrationInfo> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
             let info = self.client.migration()?;
+            if let (Some(told), Some(ram)) = (&mut told, info.ram) {
+                told(ram);
+            }
             if !info.is_under_way() {
                 self.migrating = false;
                 return Ok(info);
             }
+            let look_again = told.is_some().then(|| Instant::now() + PROGRESS_INTERVAL);
             // An event that was queued before the query only costs one more query; one that comes after it
             // ends the wait. Terminal states always send one.
             loop {
-                let event = self.client.next_event(deadline)?;
+                let event = self.client.next_event(deadline.into_iter().chain(look_again).min())?;
                 // Nothing of it is worth waiting for, unless it is being given up already.
                 if let Some(event) = self.moved().filter(|_| !self.settled) {
                     return Err(did_not_stand_still(&format!("event {event}")));
                 }
                 // Events that are there already come after the deadline, too.
-                match event.filter(|_| deadline.is_none_or(|deadline| Instant::now() < deadline)) {
-                    Some(event) if event.name == "MIGRATION" => break,
-                    Some(_) => {}
-                    None => {
-                        return Err(Error::new(
-                            Kind::Peer,
-                            format!("QEMU's migration is still in state `{}`", info.status),
-                        ));
-                    }
+                if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                    return Err(Error::new(
+                        Kind::Peer,
+                        format!("QEMU's migration is still in state `{}`", info.status),
+                    ));
+                }
+                if event.is_none_or(|event| event.name == "MIGRATION") {
+                    break;
                 }
             }
         }

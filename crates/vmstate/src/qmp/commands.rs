@@ -62,6 +62,19 @@ pub struct MigrationInfo {
     pub status: String,
     /// QEMU's own words where it failed.
     pub error: Option<String>,
+    /// How far it is, where it says so: it does for outgoing migrations only.
+    pub ram: Option<MigratedRam>,
+}
+
+/// How far an outgoing migration is: `ram` of `query-migrate`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MigratedRam {
+    /// The length of all RAM in bytes, of pages that were never touched, too.
+    pub total_bytes: u64,
+    /// Bytes of pages that have not been looked at yet.
+    pub remaining_bytes: u64,
+    /// Bytes of pages that were written, those that are zero left out.
+    pub normal_bytes: u64,
 }
 
 impl MigrationInfo {
@@ -188,6 +201,14 @@ impl Client {
         Ok(MigrationInfo {
             status: answer["status"].as_str().unwrap_or_default().to_owned(),
             error: answer["error-desc"].as_str().map(str::to_owned),
+            ram: answer.get("ram").map(|ram| {
+                let number = |key: &str| ram[key].as_u64().unwrap_or(0);
+                MigratedRam {
+                    total_bytes: number("total"),
+                    remaining_bytes: number("remaining"),
+                    normal_bytes: number("normal-bytes"),
+                }
+            }),
         })
     }
 

@@ -5,4 +5,4 @@ mod commands;
 
 pub(crate) use client::CLOSED_HINT;
 pub use client::{Client, Event, GREETING_TIMEOUT, Moves};
-pub use commands::{Capability, MigrationInfo, RunStatus, Version};
+pub use commands::{Capability, MigratedRam, MigrationInfo, RunStatus, Version};

@@ -6,8 +6,9 @@
 //! filled them.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use io::{Outflow, OutflowError, PageContent};
+use io::{Counters, Outflow, OutflowError, PageContent};
 use mem::GuestRam;
 use page::{PageCount, PageIndex, PageSet, PageSize};
 use wire::mapped_ram::encode_tail;
@@ -75,11 +76,17 @@ impl StreamComposition {
         self.setup.total()
     }
 
-    /// Writes everything up to the last page. Region `i` of `ram` is block `i` of the probe.
+    /// Writes everything up to the last page, and counts pages as they go out. Region `i` of `ram` is block `i` of
+    /// the probe.
     ///
     /// # Errors
     /// [`Kind::Io`] where the stream is not taken or memory not to be had; [`Kind::Interrupted`].
-    pub fn write_ram(&self, ram: &Arc<GuestRam>, out: &mut Outflow) -> Result<PagesSent> {
+    pub fn write_ram(
+        &self,
+        ram: &Arc<GuestRam>,
+        out: &mut Outflow,
+        counters: &Counters,
+    ) -> Result<PagesSent> {
         out.write(&self.head).map_err(stopped)?;
         let mut records = RecordEncoder::new(&self.setup);
         let mut sent = PagesSent::default();
@@ -102,6 +109,8 @@ impl StreamComposition {
                         }
                     })
                     .map_err(stopped)?;
+                counters.bytes_written.fetch_add(pages.data_bytes, Ordering::Relaxed);
+                counters.bytes_zero.fetch_add(pages.zero_bytes, Ordering::Relaxed);
                 sent.data_bytes += pages.data_bytes;
                 sent.zero_bytes += pages.zero_bytes;
             }

@@ -4,7 +4,9 @@
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 
+use io::Counters;
 use page::PageIndex;
 use serde_json::json;
 use wire::qemu::{Configuration, Item, Preamble, RamSetup, RecordEncoder};
@@ -25,11 +27,16 @@ const ZEROED_LEN_MAX: u64 = 16 << 20;
 /// The first QEMU whose `migrate-incoming` can be told not to exit when the load fails.
 pub(super) const EXIT_ON_ERROR_SINCE: (u32, u32) = (9, 1);
 
-/// Has QEMU load the guest from a stream of ours.
+/// Has QEMU load the guest from a stream of ours, and counts the pages that went into it.
 ///
 /// # Errors
 /// [`Kind::Peer`] with QEMU's own words; [`Kind::Unsupported`] for images that leave blocks out.
-pub(super) fn feed(image: &MappedRamFile, filling: &Filling, session: &mut Session) -> Result<u64> {
+pub(super) fn feed(
+    image: &MappedRamFile,
+    filling: &Filling,
+    session: &mut Session,
+    counters: &Counters,
+) -> Result<()> {
     let layout = image.layout();
     if let Some(ignored) = layout.blocks.iter().find(|block| block.is_ignored()) {
         let clause = format!("the image leaves `{}` out (x-ignore-shared)", ignored.name);
@@ -40,7 +47,12 @@ pub(super) fn feed(image: &MappedRamFile, filling: &Filling, session: &mut Sessi
     session.give_fd(FEED, theirs.as_fd())?;
     drop(theirs);
     std::thread::scope(|scope| {
-        let writer = scope.spawn(|| write_stream(image, filling, &ours));
+        let writer = scope.spawn(|| {
+            let written = write_stream(image, filling, &ours, counters);
+            // A stream that breaks off must end, or QEMU waits for the rest and we for QEMU.
+            let _ = ours.shutdown(std::net::Shutdown::Write);
+            written
+        });
         let outcome = load(session);
         // Whatever became of QEMU: the writer must not wait for it.
         let _ = ours.shutdown(std::net::Shutdown::Both);
@@ -48,7 +60,7 @@ pub(super) fn feed(image: &MappedRamFile, filling: &Filling, session: &mut Sessi
             .join()
             .unwrap_or_else(|_| Err(Error::new(Kind::Io, "the thread that feeds QEMU panicked")));
         match (outcome, written) {
-            (Ok(()), Ok(sent)) => Ok(sent),
+            (Ok(()), Ok(())) => Ok(()),
             // An image that cannot be read is why QEMU's load broke off; a broken pipe is the echo of that.
             (Err(_), Err(error)) if error.kind() != Kind::Peer => Err(error),
             (Err(error), _) | (Ok(()), Err(error)) => Err(error),
@@ -67,8 +79,13 @@ fn load(session: &mut Session) -> Result<()> {
     if end.status == "completed" { Ok(()) } else { Err(load_failed(&end)) }
 }
 
-/// Writes the whole stream; returns how many bytes of pages it had.
-fn write_stream(image: &MappedRamFile, filling: &Filling, mut socket: &UnixStream) -> Result<u64> {
+/// Writes the whole stream.
+fn write_stream(
+    image: &MappedRamFile,
+    filling: &Filling,
+    mut socket: &UnixStream,
+    counters: &Counters,
+) -> Result<()> {
     let layout = image.layout();
     let section_id = layout.ram.section_id;
     let setup =
@@ -83,7 +100,6 @@ fn write_stream(image: &MappedRamFile, filling: &Filling, mut socket: &UnixStrea
     setup.encode_section(section_id, &mut out);
 
     let mut records = RecordEncoder::new(&setup);
-    let mut sent = 0;
     for (index, block) in layout.blocks.iter().enumerate() {
         if filling.has(index) {
             continue;
@@ -102,6 +118,7 @@ fn write_stream(image: &MappedRamFile, filling: &Filling, mut socket: &UnixStrea
             }
             let bytes = &mut bytes[..len as usize];
             image.read_ram(block, &pages, at, bytes)?;
+            let mut sent = 0;
             Item::Part { section_id }.encode(&mut out);
             for i in 0..count {
                 let offset = at + i * page;
@@ -116,6 +133,7 @@ fn write_stream(image: &MappedRamFile, filling: &Filling, mut socket: &UnixStrea
             records.eos(&mut out);
             Item::Footer { section_id }.encode(&mut out);
             send(&mut out)?;
+            counters.bytes_written.fetch_add(sent, Ordering::Relaxed);
         }
     }
     Item::End { section_id }.encode(&mut out);
@@ -125,8 +143,7 @@ fn write_stream(image: &MappedRamFile, filling: &Filling, mut socket: &UnixStrea
     if let Some(vmdesc) = layout.vmdesc {
         out.extend_from_slice(&image.read(vmdesc)?);
     }
-    send(&mut out)?;
-    Ok(sent)
+    send(&mut out)
 }
 
 /// The configuration of a stream whose pages are in it.

@@ -9,10 +9,9 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use io::{Cancel, Counters, ReadPair};
+use io::{Cancel, ReadPair};
 use serde_json::json;
 use wire::qemu::format::MAPPED_RAM;
 
@@ -192,8 +191,16 @@ pub fn restore(
     };
     let ready = Instant::now();
     let mut let_go = false;
-    let outcome =
-        load(settings, &image, &pair, launched.as_ref(), &mut session, cancel, &mut watch, &mut let_go);
+    let outcome = load(
+        settings,
+        (&image, data_bytes),
+        &pair,
+        launched.as_ref(),
+        &mut session,
+        cancel,
+        &mut watch,
+        &mut let_go,
+    );
     watch.phase("settle");
     let qemu_pid = launched.as_ref().map(Launched::pid).or_else(|| session.client.listener_pid());
     let Loaded { via, reason, run_state, running_at } = match (outcome, launched.as_ref()) {
@@ -263,7 +270,7 @@ struct Loaded {
 #[allow(clippy::too_many_arguments, reason = "one call, of what its caller already has apart")]
 fn load(
     settings: &RestoreSettings,
-    image: &Image,
+    (image, data_bytes): (&Image, u64),
     pair: &ReadPair,
     launched: Option<&Launched>,
     session: &mut Session,
@@ -287,20 +294,32 @@ fn load(
     }
 
     watch.phase("load");
+    let progress = &watch.progress;
+    progress.expect(data_bytes);
+    if matches!(way, Way::Qemu | Way::Stream) {
+        // Its monitor is silent during a load of mapped-ram: what QEMU has read, the kernel knows. Whose process it
+        // is has to be proven, since another's reads would be told as ours.
+        let proven = || Some(qemu::find_process(session, None).ok()?.pid());
+        if let Some(pid) = pid.or_else(proven) {
+            progress.follow_reads_of(pid);
+        }
+    }
     let channels = settings.channels.unwrap_or_else(default_channels);
     match way {
         Way::Qemu => by_qemu(pair, settings.offset, settings.channels.unwrap_or(QEMU_CHANNELS), session)?,
         Way::Stream => by_stream(pair, settings.offset, session)?,
         Way::Direct(image, filling) => {
             prepare_plain(session)?;
-            filling.fill(image, pair, usize::from(channels), &Arc::new(Counters::default()), cancel)?;
-            feed::feed(image, &filling, session)?;
+            filling.fill(image, pair, usize::from(channels), progress.counters(), cancel)?;
+            feed::feed(image, &filling, session, progress.counters())?;
         }
         Way::Socket(image) => {
             prepare_plain(session)?;
-            feed::feed(image, &Filling::none(image), session)?;
+            feed::feed(image, &Filling::none(image), session, progress.counters())?;
         }
     }
+
+    watch.progress.complete();
 
     watch.phase("verify");
     if let Verified::Unseen(reason) = verify_zero(image, session, pid)? {

@@ -111,11 +111,12 @@ pub(super) fn require_room(
     room::require(&prepared.probe, &prepared.ram, present, target, format)
 }
 
-/// Stops the guest and writes everything of it to the target, all but what makes it an image.
+/// Stops the guest and writes everything of it to the target, all but what makes it an image. While it ran, so many
+/// bytes of its pages were there.
 pub(super) fn carry(
     settings: &SaveSettings,
     session: &mut Session,
-    prepared: Prepared,
+    (prepared, present_bytes): (Prepared, u64),
     (target, format): (&Target, SaveFormat),
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
@@ -138,7 +139,9 @@ pub(super) fn carry(
     let mut writing = Writing::new(format, settings, target, cancel, &probe, composed)?;
 
     watch.phase("ram");
-    let moved = writing.pages(settings, &ram, cancel)?;
+    watch.progress.expect(present_bytes);
+    let moved = writing.pages(settings, &ram, watch.progress.counters(), cancel)?;
+    watch.progress.complete();
     ram.recheck().map_err(|error| {
         Error::new(Kind::Peer, "QEMU's memory changed its place during the save").because(error)
     })?;

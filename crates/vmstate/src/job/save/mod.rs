@@ -297,9 +297,9 @@ fn carry(
     let (carried, via) = match prepared {
         Some(ready) => {
             watch.observer.note("via direct: QEMU gives the device state only");
-            (direct::carry(settings, session, ready, (target, format), cancel, watch)?, Via::Direct)
+            (direct::carry(settings, session, (ready, bytes), (target, format), cancel, watch)?, Via::Direct)
         }
-        None => (via_qemu::carry(settings, session, target, watch)?, Via::Qemu),
+        None => (via_qemu::carry(settings, session, target, bytes, watch)?, Via::Qemu),
     };
     let direct_io_reason = why_not_direct(target, format);
     if let Some(reason) = &direct_io_reason {

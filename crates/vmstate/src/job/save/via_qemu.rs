@@ -21,11 +21,13 @@ use crate::{Error, Kind, Result};
 /// files as well.
 pub(crate) const BANDWIDTH_MAX: u64 = 1 << 60;
 
-/// Stops the guest and lets QEMU write everything of it to the target, all but what makes it an image.
+/// Stops the guest and lets QEMU write everything of it to the target, all but what makes it an image. It has
+/// `ram_bytes` of RAM, touched or not.
 pub(super) fn carry(
     settings: &SaveSettings,
     session: &mut Session,
     target: &Target,
+    ram_bytes: u64,
     watch: &mut Stopwatch<'_>,
 ) -> Result<Carried> {
     // Found out before anything is changed, and above all before the guest is stopped.
@@ -74,7 +76,12 @@ pub(super) fn carry(
     // QEMU pauses a guest that was resumed meanwhile by itself, and nobody could tell afterwards.
     session.verify_still()?;
     session.migrate(&format!("file:/dev/fdset/{fdset},offset={start}"))?;
-    let end = session.migration_end(None)?;
+    // How much of its memory QEMU looks at is known, how much it finds to be zero is not.
+    let progress = &watch.progress;
+    progress.expect(ram_bytes);
+    let end = session.migration_end_told(&mut |ram| {
+        progress.told(ram.total_bytes.saturating_sub(ram.remaining_bytes), ram.normal_bytes);
+    })?;
     if end.status != "completed" {
         let reason = end.error.unwrap_or_else(|| format!("status `{}`", end.status));
         let error = Error::new(Kind::Peer, format!("QEMU could not save the guest: {reason}"));
@@ -83,6 +90,7 @@ pub(super) fn carry(
             ["No space left on device", "Disk quota exceeded"].iter().any(|words| reason.contains(words));
         return Err(if full { error.hint(FULL_HINT) } else { error });
     }
+    watch.progress.complete();
     session.remove_fdset(fdset)?;
     session.verify_still()?;
     let read_at = Instant::now();

@@ -52,17 +52,17 @@ impl<'a> Writing<'a> {
         }
     }
 
-    /// Writes every page that is there.
+    /// Writes every page that is there, and counts.
     pub(super) fn pages(
         &mut self,
         settings: &SaveSettings,
         ram: &Arc<GuestRam>,
+        counters: &Arc<Counters>,
         cancel: &Cancel,
     ) -> Result<Moved> {
         match self {
             Writing::Fixed { composition, target } => {
                 target.begin(composition.end())?;
-                let counters = Arc::new(Counters::default());
                 let lanes = WriteLanes::start(
                     target.lane_target()?,
                     ram.clone(),
@@ -89,7 +89,7 @@ impl<'a> Writing<'a> {
                 })
             }
             Writing::Flowing { composition, out, .. } => {
-                let sent = composition.write_ram(ram, out)?;
+                let sent = composition.write_ram(ram, out, counters)?;
                 Ok(Moved {
                     data_bytes: sent.data_bytes,
                     zero_bytes: sent.zero_bytes,
