@@ -4,8 +4,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 /// A switch that is thrown once and never taken back. Clones share it.
 ///
@@ -47,6 +48,22 @@ impl Cancel {
         self.inner.thrown.load(Ordering::Acquire)
     }
 
+    /// Waits for so long, or until the switch is thrown, and says whether it has been.
+    pub fn wait(&self, timeout: Duration) -> bool {
+        let until = Instant::now().checked_add(timeout);
+        while !self.is_cancelled() {
+            let rest = until.map(|until| until.saturating_duration_since(Instant::now()));
+            if rest.is_some_and(|rest| rest.is_zero()) {
+                break;
+            }
+            // A time that no clock reaches is waited for without one.
+            let rest = rest.and_then(|rest| Timespec::try_from(rest).ok());
+            // Whether it was the time, a signal or the switch is looked at again.
+            let _ = poll(&mut [PollFd::new(self, PollFlags::IN)], rest.as_ref());
+        }
+        self.is_cancelled()
+    }
+
     /// A descriptor that is readable from the moment the switch is thrown. Poll it; do not read it.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.inner.event.as_fd()
@@ -61,8 +78,6 @@ impl AsFd for Cancel {
 
 #[cfg(test)]
 mod tests {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
     use super::*;
 
     fn is_readable(cancel: &Cancel) -> bool {
@@ -83,5 +98,20 @@ mod tests {
         assert!(clone.is_cancelled());
         assert!(is_readable(&clone));
         assert!(is_readable(&clone), "polling does not use the event up");
+    }
+
+    #[test]
+    fn a_wait_ends_with_its_time_or_with_the_switch() {
+        let cancel = Cancel::new().expect("eventfd");
+        assert!(!cancel.wait(Duration::ZERO));
+        assert!(!cancel.wait(Duration::from_nanos(1)));
+        let waiting = std::thread::spawn({
+            let cancel = cancel.clone();
+            // Nothing but the switch ends this wait within the life of a test.
+            move || cancel.wait(Duration::MAX)
+        });
+        cancel.cancel();
+        assert!(waiting.join().expect("no panic"));
+        assert!(cancel.wait(Duration::from_secs(u64::MAX)));
     }
 }

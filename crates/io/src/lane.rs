@@ -11,6 +11,7 @@ use std::thread::{self, JoinHandle};
 use crate::cancel::Cancel;
 use crate::counters::{Counters, add};
 use crate::queue::Queue;
+use crate::rate_limit::RateLimit;
 use crate::supply::{Piece, Scratch, Supplied, Supply, runs};
 
 /// The most lanes that can be started.
@@ -73,6 +74,13 @@ pub struct LaneSettings {
     /// What memory address, file offset and length of a direct write are multiples of: a power of two, at
     /// least 4096. [`crate::DirectIo::alignment`] has it.
     pub align: usize,
+}
+
+/// What lanes have beside the numbers that they cannot do without.
+#[derive(Clone, Debug, Default)]
+pub struct LaneOptions {
+    /// How many bytes a second all of them together may write; `None` holds nobody up. Others may share it.
+    pub limit: Option<Arc<RateLimit>>,
 }
 
 /// Why lanes stopped. The first failure is the one reported, by `deal` and by `finish` alike.
@@ -158,6 +166,24 @@ impl WriteLanes {
         counters: Arc<Counters>,
         cancel: Cancel,
     ) -> Result<WriteLanes, LaneError> {
+        WriteLanes::start_with(target, supply, settings, LaneOptions::default(), counters, cancel)
+    }
+
+    /// [`WriteLanes::start`] with more to say.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn start_with(
+        target: LaneTarget,
+        supply: Arc<dyn Supply>,
+        settings: LaneSettings,
+        options: LaneOptions,
+        counters: Arc<Counters>,
+        cancel: Cancel,
+    ) -> Result<WriteLanes, LaneError> {
         let LaneSettings { lanes, align } = settings;
         assert!((1..=LANES_MAX).contains(&lanes), "{lanes} lanes");
         assert!(align.is_power_of_two() && align >= ALIGN_MIN, "lanes aligned to {align:#x} bytes");
@@ -172,6 +198,7 @@ impl WriteLanes {
                 queue: queue.clone(),
                 target: target.clone(),
                 supply: supply.clone(),
+                limit: options.limit.clone(),
                 counters: counters.clone(),
                 cancel: cancel.clone(),
             };
@@ -240,6 +267,7 @@ struct Lane {
     queue: Arc<Queue>,
     target: Arc<LaneTarget>,
     supply: Arc<dyn Supply>,
+    limit: Option<Arc<RateLimit>>,
     counters: Arc<Counters>,
     cancel: Cancel,
 }
@@ -280,6 +308,10 @@ impl Lane {
             "the supply names grains beyond the piece at {:#x}",
             piece.offset
         );
+        if let Some(limit) = &self.limit {
+            // What is left out costs nothing. A wait that the switch ends is seen before the next write.
+            limit.wait(piece.bytes_in(&supplied.write), &self.cancel);
+        }
         for (start, end) in runs(supplied.write) {
             let (from, to) = piece.bytes_of(start, end);
             let span = Span {

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
@@ -12,6 +13,7 @@ use rustix::net::SendFlags;
 
 use crate::cancel::Cancel;
 use crate::draft::{DraftError, DraftStep};
+use crate::rate_limit::RateLimit;
 use crate::supply::{Piece, Scratch, Supply};
 
 /// How many bytes are gathered before they are written: what is worth a system call.
@@ -105,6 +107,7 @@ pub struct Outflow {
     buffer: Vec<u8>,
     page: Vec<u8>,
     scratch: Option<Scratch>,
+    limit: Option<Arc<RateLimit>>,
     written: u64,
 }
 
@@ -163,8 +166,14 @@ impl Outflow {
             buffer: Vec::new(),
             page: Vec::new(),
             scratch: None,
+            limit: None,
             written: 0,
         })
+    }
+
+    /// From now on writes no faster than this.
+    pub fn limit(&mut self, limit: Arc<RateLimit>) {
+        self.limit = Some(limit);
     }
 
     /// The path, for messages.
@@ -261,6 +270,10 @@ impl Outflow {
     /// # Errors
     /// [`OutflowError`], but for supplies.
     pub fn flush(&mut self) -> Result<(), OutflowError> {
+        if let Some(limit) = &self.limit {
+            // A wait that the switch ends is seen before the first write.
+            limit.wait(self.buffer.len() as u64, &self.cancel);
+        }
         let mut at = 0;
         while at < self.buffer.len() {
             if self.cancel.is_cancelled() {
@@ -454,5 +467,23 @@ mod tests {
             reader.read_to_end(&mut found).expect("all of it");
         });
         assert!(found == bytes, "{} bytes of {}", found.len(), bytes.len());
+    }
+
+    #[test]
+    fn a_limit_holds_up_what_follows_and_nobody_who_cancels() {
+        let cancel = Cancel::new().expect("an eventfd");
+        let file = tempfile::tempfile().expect("a file");
+        let mut out = Outflow::over(file, Path::new("/x"), &cancel).expect("a file");
+        out.limit(Arc::new(RateLimit::new(std::num::NonZeroU64::MIN)));
+        out.write(b"first").expect("room");
+        out.flush().expect("the first bytes wait for nobody");
+        out.write(b"second").expect("the buffer takes it");
+        let switch = cancel.clone();
+        let error = std::thread::scope(|scope| {
+            scope.spawn(move || switch.cancel());
+            out.flush().expect_err("five seconds are owed")
+        });
+        assert!(matches!(error, OutflowError::Cancelled), "{error:?}");
+        assert_eq!(out.written, 5);
     }
 }

@@ -2,14 +2,16 @@
 #![allow(clippy::print_stdout, reason = "a test that leaves something out says what it misses")]
 
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::AsRawFd;
 use std::panic::catch_unwind;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use vmstate_io::{
-    Cancel, Counters, CountersReading, Draft, DraftOptions, LaneError, LaneSettings, LaneTarget, Piece,
-    PositionedWrite, Scratch, Supplied, Supply, WriteLanes,
+    Cancel, Counters, CountersReading, Draft, DraftOptions, LaneError, LaneOptions, LaneSettings, LaneTarget,
+    Piece, PositionedWrite, RateLimit, Scratch, Supplied, Supply, WriteLanes,
 };
 
 const GRAIN: u32 = 4096;
@@ -138,18 +140,22 @@ struct Run {
     supply: Arc<dyn Supply>,
     cancel: Cancel,
     lanes: usize,
+    limit: Option<Arc<RateLimit>>,
 }
 
 impl Run {
     fn new(target: LaneTarget) -> Run {
-        Run { target, supply: Arc::new(Pattern), cancel: Cancel::new().expect("eventfd"), lanes: 2 }
+        let cancel = Cancel::new().expect("eventfd");
+        Run { target, supply: Arc::new(Pattern), cancel, lanes: 2, limit: None }
     }
 
     /// Deals all the pieces unless a deal fails; gives how many were dealt, how it ended, and the counters.
     fn go(self, pieces: &[Piece]) -> (usize, Result<(), LaneError>, CountersReading) {
         let counters = Arc::new(Counters::default());
         let settings = LaneSettings { lanes: self.lanes, align: ALIGN };
-        let lanes = WriteLanes::start(self.target, self.supply, settings, counters.clone(), self.cancel)
+        let options = LaneOptions { limit: self.limit };
+        let (target, supply, cancel) = (self.target, self.supply, self.cancel);
+        let lanes = WriteLanes::start_with(target, supply, settings, options, counters.clone(), cancel)
             .expect("a few threads");
         let dealt = pieces.iter().take_while(|piece| lanes.deal(**piece).is_ok()).count();
         let ended = lanes.finish();
@@ -338,6 +344,56 @@ fn cancelling_at_any_write_ends_everything() {
             assert!(matches!(ended, Err(LaneError::Cancelled)), "write {k}: {ended:?}");
         }
     }
+}
+
+#[test]
+fn a_limit_holds_up_what_follows_and_nobody_who_cancels() {
+    let bytes = Arc::default();
+    let cancel = Cancel::new().expect("eventfd");
+    let switch = cancel.clone();
+    // The switch is thrown by the first write; what is owed for it would take a day.
+    let script = move |_, len| {
+        switch.cancel();
+        Answer::Take(len)
+    };
+    let mut run = Run::new(LaneTarget { direct: None, buffered: scripted(&bytes, false, script) });
+    run.limit = Some(Arc::new(RateLimit::new(NonZeroU64::MIN)));
+    (run.lanes, run.cancel) = (1, cancel);
+    let (_, ended, counters) = run.go(&two_regions());
+    assert!(matches!(ended, Err(LaneError::Cancelled)), "{ended:?}");
+    assert_eq!(counters.write_calls, 1);
+}
+
+#[test]
+fn what_all_lanes_write_counts_against_one_limit() {
+    let bytes = Arc::default();
+    // A terabyte a second: far more than there is, so nobody waits for long.
+    let limit = Arc::new(RateLimit::new(NonZeroU64::new(1 << 40).expect("a rate")));
+    let begun = Instant::now();
+    limit.reserve(0, begun);
+    let take = |_, len| Answer::Take(len);
+    let mut run = Run::new(LaneTarget { direct: None, buffered: scripted(&bytes, false, take) });
+    run.limit = Some(limit.clone());
+    let (_, ended, counters) = run.go(&two_regions());
+    ended.expect("nothing fails");
+    // Each reservation is rounded down to a nanosecond, and there is one for each piece.
+    let owed_ns = limit.reserve(0, begun).as_nanos() + u128::from(counters.pieces);
+    let earned_ns = (u128::from(counters.bytes_written) * 1_000_000_000) >> 40;
+    assert!(owed_ns >= earned_ns, "{owed_ns} {counters:?}");
+}
+
+#[test]
+fn zeros_that_are_left_out_cost_nothing_of_a_limit() {
+    let bytes = Arc::default();
+    let none = |_: &Piece, base: *mut u8| Ok(Supplied { base: base.cast_const(), write: [0; 4] });
+    let refuse = |_, _| Answer::Refuse(libc::EIO);
+    let mut run = Run::new(LaneTarget { direct: None, buffered: scripted(&bytes, false, refuse) });
+    // At a byte a second the pieces' own length would take years.
+    run.limit = Some(Arc::new(RateLimit::new(NonZeroU64::MIN)));
+    run.supply = Arc::new(Answering(none));
+    let (dealt, ended, _) = run.go(&two_regions());
+    ended.expect("nothing is written");
+    assert_eq!(dealt, two_regions().len());
 }
 
 #[test]
