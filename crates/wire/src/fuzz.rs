@@ -10,12 +10,13 @@ use crate::libvirt::Head;
 use crate::mapped_ram::format::bitmap_len;
 use crate::mapped_ram::survey::{LayoutReport, LayoutSurvey, SurveyStep};
 use crate::mapped_ram::{BitmapScanner, Layout, LayoutDecoder, Step, decode_bitmap, encode_bitmap};
+use crate::postcopy::{self, Message, RequestedBlock, Requests};
 use crate::qemu::format::VMDESCRIPTION_HEADER_LEN;
 use crate::qemu::vmdesc::{self, Located};
 use crate::qemu::{
     BlockListVariant, Event, StreamScanner, decode_item, decode_preamble, decode_ram_setup, survey,
 };
-use crate::{DecodeError, Fault, FileRange};
+use crate::{DecodeError, Fault, FileRange, IdStr};
 
 /// What is read can be written, and is the same bytes then.
 pub fn preamble(data: &[u8]) {
@@ -306,4 +307,60 @@ pub fn libvirt_head(data: &[u8]) {
     assert_eq!(Head::decode(&again, 0, again.len() as u64), Ok(decoded.clone()));
     let _ = crate::libvirt::dump::head(&decoded, 0).to_string();
     let _ = decoded.check_payload(&data[decoded.len() as usize..], decoded.len());
+}
+
+/// A return path: what is read can be written, and is the same bytes then; no request that was judged right
+/// reaches beyond its block; and a survey's first fault is the one that a reading stops at.
+pub fn return_path(data: &[u8]) {
+    let block = |name: &str, length: u64, host_page: u64| {
+        IdStr::new(name).map(|name| RequestedBlock { name, length, host_page })
+    };
+    let blocks: Vec<_> = [
+        block("pc.ram", 1 << 30, 4096),
+        block("huge", 4 << 20, 2 << 20),
+        block("/rom@etc/acpi/tables", 0x20000, 4096),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    let stopped = read_return_path(data, &blocks).err();
+    let report = postcopy::survey::return_path(data, 0, &blocks, 4096);
+    assert_eq!(report.faults.first(), stopped.as_ref());
+    let _ = postcopy::dump::return_path(data, 0).to_string();
+    let _ = postcopy::decode_package(data, 0);
+}
+
+fn read_return_path(data: &[u8], blocks: &[RequestedBlock]) -> Result<(), Fault> {
+    let mut requests = Requests::new(blocks.to_vec());
+    let mut at = 0;
+    while at < data.len() {
+        let (message, len) = postcopy::decode_message(&data[at..], at as u64).map_err(DecodeError::at_end)?;
+        let mut again = Vec::new();
+        message.encode(&mut again);
+        assert_eq!(again, data[at..at + len]);
+        match message {
+            Message::RequestPages(request) => {
+                let wanted = requests.judge(&request, at as u64)?;
+                let block = &blocks[wanted.block];
+                assert!(wanted.pages.end.0 * block.host_page <= block.length);
+                assert!(!wanted.pages.is_empty());
+            }
+            Message::ReceivedBitmap { block: name } => {
+                let Some(block) = blocks.iter().find(|block| block.name == name) else {
+                    let problem = format!("block `{name}` is unknown");
+                    return Err(Fault::damaged(at as u64, "bitmap's block", problem));
+                };
+                let (behind, pages) = (at + len, PageCount(block.length / 4096));
+                let (set, taken) = postcopy::decode_received(&data[behind..], behind as u64, pages)
+                    .map_err(DecodeError::at_end)?;
+                let mut again = Vec::new();
+                postcopy::encode_received(&set, &mut again);
+                assert_eq!(again, data[behind..behind + taken]);
+                at += taken;
+            }
+            _ => {}
+        }
+        at += len;
+    }
+    Ok(())
 }

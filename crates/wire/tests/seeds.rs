@@ -4,6 +4,10 @@ mod golden;
 
 use std::path::Path;
 
+use page::{PageCount, PageSet};
+use wire::IdStr;
+use wire::postcopy::{Message, PageRequest, encode_received};
+
 /// The seeds: target, name, bytes.
 fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let stream = golden::load("q35-10.0-stream");
@@ -25,6 +29,7 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("description", "small", br#"{"devices":[{"name":"a","instance_id":0,"fields":[{"name":"f","type":"struct","size":3,"array_len":2,"struct":{"vmsd_name":"s","version":1,"fields":[]}}],"subsections":[{"vmsd_name":"a/b","version":1,"fields":[]}]}],"vmstate":{"k":[1]}}"#.to_vec()),
         ("layout", "q35-10.0-mapped-ram", image[..].to_vec()),
         ("libvirt_head", "libvirt-11.3-raw", libvirt_head()),
+        ("return_path", "conversation", conversation()),
         ("bitmap", "pc.bios", vec![0, 3, 0, 0, 0xfe, 0xff, 0xff, 0xff, 0xff, 0xff]),
     ]
 }
@@ -37,6 +42,28 @@ fn libvirt_head() -> Vec<u8> {
     wire::libvirt::Head { padding_len: 8, ..head.clone() }.encode(&mut seed);
     seed.extend_from_slice(&file[head.len() as usize..]);
     seed
+}
+
+/// A message of each type, and a bitmap.
+fn conversation() -> Vec<u8> {
+    let name = |text: &str| IdStr::new(text).unwrap();
+    let request = |block, start, len| Message::RequestPages(PageRequest { block, start, len });
+    let mut bytes = Vec::new();
+    for message in [
+        Message::Pong(1),
+        request(Some(name("pc.ram")), 0xc0000, 0x1000),
+        request(None, 0xc1000, 0x1000),
+        request(Some(name("huge")), 2 << 20, 2 << 20),
+        Message::Pong(3),
+        Message::SwitchoverAck,
+        Message::ReceivedBitmap { block: name("/rom@etc/acpi/tables") },
+    ] {
+        message.encode(&mut bytes);
+    }
+    encode_received(&PageSet::from_words(vec![0xffff_0001], PageCount(32)), &mut bytes);
+    Message::ResumeAck(1).encode(&mut bytes);
+    Message::Shut(0).encode(&mut bytes);
+    bytes
 }
 
 /// Device state that can be read as sections b, c, d or as b, e.
@@ -86,6 +113,7 @@ fn every_seed_passes_its_target() {
             "layout" => wire::fuzz::layout,
             "bitmap" => wire::fuzz::bitmap,
             "libvirt_head" => wire::fuzz::libvirt_head,
+            "return_path" => wire::fuzz::return_path,
             other => panic!("there is no target {other}"),
         };
         run(&bytes);
