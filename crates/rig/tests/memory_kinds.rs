@@ -21,10 +21,10 @@ use serde_json::json;
 use vmstate::net::QmpAddress;
 use vmstate::source::MappedRamFile;
 use vmstate::{
-    Cancel, DirectIo, Kind, Record, RestoreReport, RestoreSettings, SaveReport, SaveSettings, Target,
-    Unobserved, Via,
+    Cancel, DirectIo, Record, RestoreReport, RestoreSettings, SaveReport, SaveSettings, Target, Unobserved,
+    Via,
 };
-use vmstate_rig::{DEADLINE, Hook, StockLoad, client, compare_images, stock_load, stock_save, verify_image};
+use vmstate_rig::{DEADLINE, StockLoad, client, compare_images, stock_load, stock_save, verify_image};
 
 /// What QEMU's own probe may allocate of shared memory in the moment before it is cancelled.
 const PROBE_BYTES_MAX: u64 = 4 << 20;
@@ -528,44 +528,4 @@ fn a_memory_module_that_was_plugged_in_goes_along() {
     saved.read_ram(block, &pages, 70 << 20, &mut found).unwrap();
     assert!(found[..9000].iter().all(|byte| *byte == 0x5a) && found[9000..].iter().all(|byte| *byte == 0));
     assert_eq!(pages.count(), page::PageCount(3));
-}
-
-#[test]
-fn memory_that_a_device_hands_over_goes_by_qemu_with_the_reason() {
-    let mut spec = spec(256, MemoryBackend::Plain);
-    spec.extra = [
-        "-m",
-        "256M,slots=2,maxmem=2G",
-        "-object",
-        "memory-backend-ram,id=vmem0,size=512M",
-        "-device",
-        "virtio-mem-pci,id=vm0,memdev=vmem0,requested-size=128M",
-    ]
-    .map(Into::into)
-    .to_vec();
-    let dir = disk();
-    let image = dir.path().join("vm.img");
-    let mut source = spec.start().unwrap();
-    source.wait_for_round(2, DEADLINE).unwrap();
-    let settings = SaveSettings::new(QmpAddress::Unix(source.qmp_path()), &image);
-    let seen = Hook::at("publish", || {});
-    let report = vmstate::save(&settings, &Cancel::new().unwrap(), &seen)
-        .unwrap_or_else(|error| panic!("{}", error.chain()));
-    assert_eq!((report.via, report.run_state.as_str()), (Via::Qemu, "running"));
-    let reason = report.reason.unwrap();
-    assert!(reason.contains("virtio-mem-device-early` hands its state over before the RAM"), "{reason}");
-    let warnings = seen.warnings();
-    assert_eq!(warnings.len(), 1, "{warnings:?}");
-    assert!(
-        warnings[0].starts_with("vmstate cannot look into this image, only QEMU can load it: "),
-        "{warnings:?}"
-    );
-    let round = source.serial.latest_round().unwrap();
-    drop(source);
-
-    // Only QEMU knows the lengths of what it wrote.
-    assert_eq!(vmstate::info(&image).unwrap_err().kind(), Kind::Unsupported);
-    let mut loaded = stock_load(&spec, &image, StockLoad::BEST);
-    assert!(client(&loaded).status().unwrap().running, "the state before the save is recorded");
-    loaded.wait_for_round(round + 2, DEADLINE).unwrap();
 }

@@ -240,6 +240,13 @@ fn check_layout(layout: &Layout, file_len: u64) {
             assert!(!range.overlaps(*other), "{range} and {other}");
         }
     }
+    let mut end = layout.stream_start;
+    for section in &layout.early {
+        assert!(end <= section.header_at && section.header_at < section.payload.start);
+        assert!(section.payload.start <= section.payload.end && section.payload.end < section.end);
+        end = section.end;
+    }
+    assert!(end <= layout.device_state.start);
     assert_eq!(layout.total, layout.blocks.iter().map(|block| block.used_length).sum::<u64>());
     let _ = crate::mapped_ram::dump::layout(layout).to_string();
 }

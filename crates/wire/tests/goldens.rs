@@ -8,8 +8,8 @@ use wire::mapped_ram::{BitmapScanner, ImagePlan, decode_bitmap, encode_bitmap};
 use wire::qemu::format::VMDESCRIPTION_HEADER_LEN;
 use wire::qemu::global_state::{patch_run_state, run_state};
 use wire::qemu::{
-    Command, DeviceState, Event, Item, RamSetup, RecordEncoder, StreamScanner, Witness, decode_preamble,
-    decode_xen_device_state, split_sections, survey, vmdesc,
+    Command, DeviceSection, DeviceState, Event, Item, RamSetup, RecordEncoder, StreamScanner, Witness,
+    check_early, decode_preamble, decode_xen_device_state, split_sections, survey, vmdesc,
 };
 use wire::{Fault, FileRange, IdStr};
 
@@ -19,7 +19,10 @@ const MAPPED: [(&str, u64); 3] = [
     ("q35-10.0-mapped-ram-offset", 0x1234),
 ];
 
-/// The blocks of every golden guest, in QEMU's order.
+/// The guest with virtio-mem, whose one early section stands among RAM's.
+const EARLY: &str = "0000:00:01.0/virtio-mem-device-early";
+
+/// The blocks of the other golden guests, in QEMU's order.
 const BLOCKS: [(&str, u64); 6] = [
     ("/rom@etc/acpi/tables", 0x20000),
     ("pc.ram", 0x100000),
@@ -116,6 +119,7 @@ struct Replay {
     zeros: usize,
     commands: Vec<Command>,
     ends: Vec<u32>,
+    early: Vec<DeviceSection>,
     device_state_at: u64,
 }
 
@@ -127,6 +131,7 @@ fn replay(file: &[u8], window: usize) -> Result<Replay, Fault> {
         zeros: 0,
         commands: Vec::new(),
         ends: Vec::new(),
+        early: Vec::new(),
         device_state_at: 0,
     };
     let mut records = RecordEncoder::new(&replay.setup);
@@ -137,6 +142,11 @@ fn replay(file: &[u8], window: usize) -> Result<Replay, Fault> {
             match event {
                 Event::Preamble(preamble) => preamble.encode(out),
                 Event::Section(header) => header.encode(out),
+                Event::Early(section) => {
+                    assert_eq!(out.len() as u64, section.header_at, "it stands where its event says");
+                    out.extend_from_slice(at(file, FileRange::new(section.header_at, section.end)));
+                    replay.early.push(section);
+                }
                 Event::Blocks(setup) => {
                     setup.encode(out);
                     records = RecordEncoder::new(&setup);
@@ -152,9 +162,9 @@ fn replay(file: &[u8], window: usize) -> Result<Replay, Fault> {
                     replay.ends.push(section_id);
                 }
                 Event::Footer { section_id } => Item::Footer { section_id }.encode(out),
-                Event::Page { block, offset, data, at } => {
+                Event::Page { block, offset, data, at: place } => {
                     records.page_head(block, offset, out);
-                    assert_eq!(out.len() as u64, at, "a page stands where its event says");
+                    assert_eq!(out.len() as u64, place, "a page stands where its event says");
                     out.extend_from_slice(data);
                     replay.pages += 1;
                 }
@@ -214,11 +224,12 @@ fn a_stream_with_x_ignore_shared_tells_addresses_and_the_uuid() {
 /// The device state of a golden file, with the file.
 fn device_state(name: &str) -> (Vec<u8>, DeviceState) {
     let file = load(name);
-    let state = if name.ends_with("xen") {
+    let state = if name.contains("-xen") {
         decode_xen_device_state(&file, 0)
     } else {
         let start = match MAPPED.iter().find(|mapped| mapped.0 == name) {
             Some((_, start)) => layout(&file, *start).unwrap().device_state.start,
+            None if name.contains("mapped-ram") => layout(&file, 0).unwrap().device_state.start,
             None => replay(&file, file.len()).unwrap().device_state_at,
         };
         split_sections(&file[start as usize..], start)
@@ -230,9 +241,16 @@ fn device_state(name: &str) -> (Vec<u8>, DeviceState) {
 fn every_section_of_the_device_state_is_found() {
     for name in golden::ALL {
         let (file, state) = device_state(name);
-        let witness = if name.ends_with("xen") { Witness::OnlyReading } else { Witness::VmDescription };
+        let witness = if name.contains("-xen") { Witness::OnlyReading } else { Witness::VmDescription };
         assert_eq!(state.witness, witness, "{name}");
-        assert_eq!(state.sections.len(), if name.starts_with("pc") { 30 } else { 29 }, "{name}");
+        let expected = match name {
+            "pc-7.2-stream" => 30,
+            // The early one is among them only here.
+            "q35-10.0-xen-virtio-mem" => 31,
+            "q35-10.0-mapped-ram-virtio-mem" | "q35-10.0-stream-virtio-mem" => 30,
+            _ => 29,
+        };
+        assert_eq!(state.sections.len(), expected, "{name}");
         // The sections and the end mark cover the blob without a gap.
         let mut end = state.sections[0].header_at;
         for section in &state.sections {
@@ -245,7 +263,7 @@ fn every_section_of_the_device_state_is_found() {
         assert_eq!((cpu.version_id, cpu.payload.len()), (12, 0x73b), "{name}");
         assert_eq!(state.section("dma", 1).unwrap().payload.len(), 0x4b, "{name}");
         let global = state.section("globalstate", 0).unwrap();
-        let recorded = if name.ends_with("xen") { "running" } else { "prelaunch" };
+        let recorded = if name.contains("-xen") { "running" } else { "prelaunch" };
         assert_eq!(run_state(at(&file, global.payload)), Ok(recorded), "{name}");
     }
 }
@@ -286,7 +304,7 @@ fn the_run_state_that_xen_save_records_can_be_patched() {
 
 #[test]
 fn descriptions_tell_every_section_and_its_length() {
-    for name in golden::ALL.into_iter().filter(|name| !name.ends_with("xen")) {
+    for name in golden::ALL.into_iter().filter(|name| !name.contains("-xen")) {
         let (file, state) = device_state(name);
         let range = state.vmdesc.unwrap();
         let json_at = range.start + VMDESCRIPTION_HEADER_LEN as u64;
@@ -295,8 +313,10 @@ fn descriptions_tell_every_section_and_its_length() {
         assert_eq!(parsed.page_size, Some(4096), "{name}");
         assert_eq!(parsed.vmstate, None, "{name}");
         let described: Vec<_> = parsed.devices.iter().map(|d| (d.name.as_str(), d.payload_len())).collect();
-        let found: Vec<_> =
-            state.sections.iter().map(|s| (s.idstr.as_str(), Some(s.payload.len()))).collect();
+        // An early section is described, too: first, as it was written.
+        let early = name.ends_with("virtio-mem").then_some((EARLY, Some(0x2c)));
+        let later = state.sections.iter().map(|s| (s.idstr.as_str(), Some(s.payload.len())));
+        let found: Vec<_> = early.into_iter().chain(later).collect();
         assert_eq!(described, found, "{name}");
         let mut again = Vec::new();
         parsed.encode(&mut again).unwrap();
@@ -308,7 +328,7 @@ fn descriptions_tell_every_section_and_its_length() {
 #[test]
 fn our_description_of_the_configuration_is_qemus() {
     // QEMU 7.2 describes no configuration.
-    for name in golden::ALL.into_iter().filter(|name| name.contains("10.0") && !name.ends_with("xen")) {
+    for name in golden::ALL.into_iter().filter(|name| name.contains("10.0") && !name.contains("-xen")) {
         let (file, state) = device_state(name);
         let start = MAPPED.iter().find(|mapped| mapped.0 == name).map_or(0, |mapped| mapped.1);
         let (preamble, _) = decode_preamble(&file[start as usize..], start).unwrap();
@@ -321,6 +341,49 @@ fn our_description_of_the_configuration_is_qemus() {
 }
 
 #[test]
+fn an_early_section_is_found_by_its_description_or_as_the_only_one_that_can_be() {
+    let mapped = load("q35-10.0-mapped-ram-virtio-mem");
+    let described = layout(&mapped, 0).unwrap();
+    let [section] = &described.early[..] else { panic!("{:?}", described.early) };
+    assert_eq!((section.idstr.as_str(), section.instance_id, section.version_id), (EARLY, 0, 1));
+    assert_eq!(section.payload.len(), 0x2c);
+    // Without its last byte there is no description any more; the end mark is the last byte then.
+    let end = described.vmdesc.unwrap().start as usize;
+    let searched = layout(&mapped[..end], 0).unwrap();
+    assert_eq!(searched.early, described.early);
+    assert_eq!(searched.device_state, described.device_state);
+
+    let stream = load("q35-10.0-stream-virtio-mem");
+    let scanned = replay(&stream, 1).unwrap();
+    let [in_stream] = &scanned.early[..] else { panic!("{:?}", scanned.early) };
+    // What `xen-save-devices-state` writes among the others is the very same section.
+    let (xen, state) = device_state("q35-10.0-xen-virtio-mem");
+    let lifted = state.section(EARLY, 0).unwrap();
+    let bytes = |file: &[u8], section: &DeviceSection| {
+        at(file, FileRange::new(section.header_at, section.end)).to_vec()
+    };
+    assert_eq!(bytes(&mapped, section), bytes(&xen, lifted));
+    assert_eq!(bytes(&stream, in_stream), bytes(&xen, lifted));
+}
+
+#[test]
+fn an_early_section_of_a_stream_has_the_length_that_is_described() {
+    let (file, state) = device_state("q35-10.0-stream-virtio-mem");
+    let early = replay(&file, file.len()).unwrap().early;
+    let range = state.vmdesc.unwrap();
+    let json_at = range.start + VMDESCRIPTION_HEADER_LEN as u64;
+    let mut described = vmdesc::parse(at(&file, FileRange::new(json_at, range.end)), json_at).unwrap();
+    assert_eq!(check_early(&early, Some(&described)), Ok(()));
+    assert_eq!(check_early(&[], None), Ok(()));
+    let message = |described| check_early(&early, described).unwrap_err().to_string();
+    let section = format!("section `{EARLY}` at 0xdd");
+    assert_eq!(message(None), format!("{section}: stands before the RAM, and nothing tells its length"));
+    described.devices[0].fields[0].size += 1;
+    let expected = format!("{section}: seems to have 0x2c bytes, but is described with 0x2d");
+    assert_eq!(message(Some(&described)), expected);
+}
+
+#[test]
 fn a_flipped_byte_is_refused() {
     // Each golden test proves here that it can fail: one byte of the metadata changes, and the reading of
     // the whole file is an error.
@@ -328,7 +391,21 @@ fn a_flipped_byte_is_refused() {
     let stream = |file: &[u8]| replay(file, file.len()).map(drop);
     let xen = |file: &[u8]| decode_xen_device_state(file, 0).map(drop);
     type Read<'a> = &'a dyn Fn(&[u8]) -> Result<(), Fault>;
-    let cases: [(&str, Read, usize, u8, &str); 11] = [
+    let cases: [(&str, Read, usize, u8, &str); 13] = [
+        (
+            "q35-10.0-mapped-ram-virtio-mem",
+            &mapped,
+            0xc0106b,
+            1,
+            "section `0000:00:01.0/virtio-mem-device-early` at 0xc0103f: has no end",
+        ),
+        (
+            "q35-10.0-stream-virtio-mem",
+            &stream,
+            0x13b,
+            1,
+            "stream at 0x52fb9: ends before the RAM section does",
+        ),
         ("q35-10.0-mapped-ram", &mapped, 0, 1, "magic at 0x0: 0x5045564d is not 0x5145564d (`QEVM`)"),
         ("q35-10.0-mapped-ram", &mapped, 7, 1, "stream version at 0x4: version 2 is not 3"),
         (

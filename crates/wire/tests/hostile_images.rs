@@ -5,11 +5,11 @@ mod golden;
 use page::PageSize;
 use wire::mapped_ram::format::{BITMAP_OFFSET_AT, PAGE_SIZE_AT, PAGES_OFFSET_AT, VERSION_AT};
 use wire::mapped_ram::survey::{LayoutReport, LayoutSurvey, SurveyStep};
-use wire::mapped_ram::{Header, ImagePlan, encode_tail};
+use wire::mapped_ram::{Header, ImagePlan, Sections, encode_tail};
 use wire::qemu::format::*;
 use wire::qemu::vmdesc::{self, VmDescription};
 use wire::qemu::{BlockEntry, Command, Configuration, Item, Preamble, SectionHeader, SectionKind};
-use wire::{FaultKind, IdStr};
+use wire::{FaultKind, FileRange, IdStr};
 
 fn name(text: &str) -> IdStr {
     IdStr::new(text).unwrap()
@@ -36,7 +36,7 @@ fn image() -> Image {
         file[place..place + planned.metadata.len()].copy_from_slice(&planned.metadata);
     }
     let description = vmdesc::describe(Some(&configuration), 4096, &[], None);
-    file.extend_from_slice(&encode_tail(1, b"", &description).unwrap());
+    file.extend_from_slice(&encode_tail(1, Sections::default(), &description).unwrap());
     let header_a = plan.blocks[0].placement.header_at as usize;
     let header_b = plan.blocks[1].placement.header_at as usize;
     let tail = plan.tail_offset as usize;
@@ -231,11 +231,7 @@ fn foreign_items_among_rams_sections_are_refused() {
     for (item, expected) in [
         (
             section(SectionKind::Start, "dirty-bitmap"),
-            "section `dirty-bitmap` at 0x21000d: iterates, and is not self-delimiting",
-        ),
-        (
-            section(SectionKind::Full, "cpu"),
-            "section `cpu` at 0x21000d: stands before the end of RAM, as in a background snapshot, whose bitmaps are empty",
+            "section `dirty-bitmap` at 0x21000d: hands its state over in pieces without lengths, which only QEMU can tell apart",
         ),
         (section(SectionKind::Start, "ram"), "RAM section at 0x21000d: is started twice"),
         (Item::Part { section_id: 2 }, "PART or END at 0x21000d: section 2 was not started"),
@@ -245,6 +241,131 @@ fn foreign_items_among_rams_sections_are_refused() {
     ] {
         check(with_items(&encoded(item)), expected);
     }
+}
+
+#[test]
+fn device_state_behind_the_parts_of_ram_is_that_of_a_background_snapshot() {
+    let part = [
+        &encoded(Item::Part { section_id: 1 })[..],
+        &RAM_SAVE_FLAG_EOS.to_be_bytes(),
+        &encoded(Item::Footer { section_id: 1 }),
+        &encoded(section(SectionKind::Full, "cpu")),
+    ];
+    check(
+        with_items(&part.concat()),
+        "section `cpu` at 0x21001f: stands before the end of RAM, as in a background snapshot, whose bitmaps are empty",
+    );
+}
+
+/// An image with these bytes behind the footer of RAM's START, and what is left of the image behind them; with a
+/// description of devices of these names and lengths, if any.
+fn with_early(early: &[u8], described: Option<&[(&str, u64)]>) -> impl Fn(&mut Image) {
+    let early = early.to_vec();
+    let devices = described.map(|described| {
+        let device = |(name, size): &(&str, u64)| vmdesc::Device {
+            name: (*name).to_owned(),
+            fields: vec![vmdesc::Field::plain("data", "buffer", *size)],
+            ..vmdesc::Device::default()
+        };
+        described.iter().map(device).collect::<Vec<_>>()
+    });
+    move |image| {
+        let tail = image.file.split_off(image.tail);
+        image.file.extend_from_slice(&tail[..13]);
+        image.file.extend_from_slice(&early);
+        // RAM's END and the end mark.
+        image.file.extend_from_slice(&tail[13..32]);
+        if let Some(devices) = &devices {
+            let description = VmDescription { devices: devices.clone(), ..VmDescription::default() };
+            description.encode(&mut image.file).unwrap();
+        }
+    }
+}
+
+/// An early section of id 9 with this payload.
+fn early(idstr: &str, payload: &[u8]) -> Vec<u8> {
+    let footer = encoded(Item::Footer { section_id: 9 });
+    [&encoded(section(SectionKind::Full, idstr)), payload, &footer].concat()
+}
+
+fn image_with_early(early: &[u8], described: Option<&[(&str, u64)]>) -> Vec<u8> {
+    let mut image = image();
+    with_early(early, described)(&mut image);
+    image.file
+}
+
+/// What a guest may write into its device state to look like the end of it: a footer, and an END of RAM.
+fn lure() -> Vec<u8> {
+    [encoded(Item::Footer { section_id: 9 }), encoded(Item::End { section_id: 1 })].concat()
+}
+
+#[test]
+fn the_end_of_an_early_section_is_the_one_described_or_the_only_one() {
+    let harmless = [vec![0x7e; 40], encoded(Item::Footer { section_id: 9 }), vec![0xff; 300]].concat();
+    let head = encoded(section(SectionKind::Full, "v")).len() as u64;
+    for (payload, described) in [
+        (&b"state"[..], None),
+        (b"", None),
+        (&harmless, None),
+        (b"state", Some(5)),
+        // A description that is wrong, or of something else, is no worse than none.
+        (b"state", Some(4)),
+        (b"state", Some(1 << 40)),
+        (b"state", Some(u64::MAX)),
+        (&lure(), Some(lure().len() as u64)),
+    ] {
+        let described = described.map(|len| [("v", len), ("w", 3)]);
+        let file = image_with_early(&early("v", payload), described.as_ref().map(|all| &all[..]));
+        let layout = golden::layout(&file, 0).unwrap();
+        let [section] = &layout.early[..] else { panic!("{:?}", layout.early) };
+        let start = 0x21000d + head;
+        assert_eq!(section.payload, FileRange::new(start, start + payload.len() as u64), "{described:?}");
+        assert_eq!((section.section_id, section.idstr.as_str()), (9, "v"));
+        assert_eq!(layout.device_state.start, section.end + 18);
+        assert_eq!(survey(&file).layout, Some(layout));
+    }
+}
+
+#[test]
+fn early_sections_whose_end_cannot_be_told_are_refused() {
+    let lured = early("v", &lure());
+    let several = "section `v` at 0x21001c: may end at 0x21001c or at 0x210026, and nothing tells its length";
+    check(with_early(&lured, None), several);
+    check(with_early(&lured, Some(&[("v", 3)])), several);
+    // Of two that are described alike, none is.
+    let len = lure().len() as u64;
+    check(with_early(&lured, Some(&[("v", len), ("v", len)])), several);
+    let mut torn = early("v", b"state");
+    let last = torn.len() - 1;
+    torn[last] ^= 1;
+    check(with_early(&torn, None), "section `v` at 0x21001c: has no end");
+    check(
+        with_early(&early("v", &vec![0x7e; EARLY_SECTION_LEN_MAX + 300]), None),
+        "section `v` at 0x21001c: has no end within 0x100000 bytes",
+    );
+    let image = |count| image_with_early(&early("v", b"").repeat(count), None);
+    assert!(golden::layout(&image_with_early(&early("v", b"x"), None), 0).is_ok());
+    // Two of one id have two ends each, as far as anybody can tell.
+    assert!(golden::layout(&image(2), 0).unwrap_err().to_string().contains("may end at"));
+    // Nothing ends behind an early section either.
+    check(with_items(&[&early("v", b"state")[..], b"\0"].concat()), "section `v` at 0x21001c: has no end");
+}
+
+#[test]
+fn early_sections_before_ram_are_read_as_well() {
+    let mut image = image();
+    let section = early("v", b"state");
+    // The head of RAM's START has 17 bytes. What is inserted before it is taken from the gap before the first
+    // pages, so that only the bitmap of the first block moves.
+    image.file.drain(0xf0000..0xf0000 + section.len());
+    image.file.splice(image.total - 17..image.total - 17, section.iter().copied());
+    let bitmap = 0x7d + section.len() as u64;
+    put(&mut image.file, image.header_a + section.len() + BITMAP_OFFSET_AT, &bitmap.to_be_bytes());
+    let layout = golden::layout(&image.file, 0).unwrap();
+    assert_eq!((layout.early.len(), layout.early[0].idstr.as_str()), (1, "v"));
+    assert_eq!(layout.early[0].end, image.total as u64 - 17 + section.len() as u64);
+    assert_eq!(layout.blocks[0].bitmap.start, bitmap);
+    assert_eq!(survey(&image.file).layout, Some(layout));
 }
 
 #[test]
@@ -286,7 +407,7 @@ fn an_ignored_block_has_no_place_in_the_file() {
     let bitmap_offset = file.len() as u64 + 28;
     Header { page_size: 0x1000, bitmap_offset, pages_offset: 0x1000 }.encode(&mut file);
     file.resize(0x2000, 0);
-    file.extend_from_slice(&encode_tail(1, b"", &VmDescription::default()).unwrap());
+    file.extend_from_slice(&encode_tail(1, Sections::default(), &VmDescription::default()).unwrap());
 
     let layout = golden::layout(&file, 0).unwrap();
     assert!(layout.blocks[0].is_ignored() && !layout.blocks[1].is_ignored());

@@ -2,12 +2,13 @@
 
 use page::{PageCount, PageSize};
 use wire::mapped_ram::format::{HEADER_LEN, RAM_SECTIONS_MAX};
-use wire::mapped_ram::{BitmapScanner, ImagePlan, LayoutDecoder, Step, decode_bitmap};
+use wire::mapped_ram::{BitmapScanner, ImagePlan, LayoutDecoder, Sections, Step, decode_bitmap, encode_tail};
 use wire::qemu::format::*;
 use wire::qemu::vmdesc::{self, Located, VmDescription};
 use wire::qemu::{
-    BlockEntry, BlockListVariant, Command, Configuration, DiscardRange, Item, Preamble, RamSetup,
-    SectionHeader, SectionKind, decode_item, decode_preamble, decode_ram_setup, split_sections,
+    BlockEntry, BlockListVariant, Command, Configuration, DiscardRange, Event, Item, Preamble, RamSetup,
+    SectionHeader, SectionKind, StreamScanner, decode_item, decode_preamble, decode_ram_setup,
+    early_payload_len, split_sections,
 };
 use wire::{DecodeError, Fault, FileRange, IdStr};
 
@@ -325,4 +326,83 @@ fn bitmaps_have_the_length_of_their_block() {
     assert_eq!(scanner.clone().finish(|_| {}).unwrap_err().to_string(), expected);
     let expected = "bitmap at 0x19: page 0x4b is marked, but the block has 0x41";
     assert_eq!(scanner.push(&[8, 0], |_| {}).unwrap_err().to_string(), expected);
+}
+
+#[test]
+fn there_are_no_more_early_sections_than_a_machine_has_slots() {
+    let sections =
+        |count: usize| (0..count as u32).flat_map(|id| section(id + 10, &format!("v{id}"), b"state"));
+    let blocks = vec![block(0, 0x1000)];
+    let stream = |count| {
+        let mut out = Vec::new();
+        Preamble { configuration: Some(Configuration::new(name("pc"))) }.encode(&mut out);
+        RamSetup { blocks: blocks.clone(), multifd_flush: false }.encode_section(1, &mut out);
+        let at = out.len();
+        out.extend(sections(count));
+        let end = [&encoded(Item::End { section_id: 1 })[..], &RAM_SAVE_FLAG_EOS.to_be_bytes()].concat();
+        out.extend([&end[..], &encoded(Item::Footer { section_id: 1 })].concat());
+        (out, at)
+    };
+    let image = |count| {
+        let plan = plan(&blocks, 0).unwrap();
+        let mut file = vec![0; plan.tail_offset as usize];
+        let first = &plan.blocks[0];
+        file[..first.metadata.len()].copy_from_slice(&first.metadata);
+        let early: Vec<u8> = sections(count).collect();
+        let tail = Sections { early: &early, devices: b"" };
+        file.extend(encode_tail(1, tail, &VmDescription::default()).unwrap());
+        let mut decoder = LayoutDecoder::new(0, file.len() as u64);
+        loop {
+            match decoder.step()? {
+                Step::Need { offset, len } => decoder.supply(&file[offset as usize..][..len])?,
+                Step::Done(layout) => return Ok::<_, Fault>(layout.early.len()),
+            }
+        }
+    };
+    let scan = |count| {
+        let (stream, at) = stream(count);
+        let mut found = 0;
+        let mut scanner = StreamScanner::new(0, PageSize::X86);
+        let fed = scanner.feed::<Fault>(&stream, |event| {
+            found += usize::from(matches!(event, Event::Early(_)));
+            Ok(())
+        });
+        (fed.map(|_| found), at)
+    };
+    assert_eq!(image(EARLY_SECTIONS_MAX), Ok(EARLY_SECTIONS_MAX));
+    assert_eq!(scan(EARLY_SECTIONS_MAX).0, Ok(EARLY_SECTIONS_MAX));
+    let fault = image(EARLY_SECTIONS_MAX + 1).unwrap_err();
+    assert_eq!(fault.problem, "is one more than 256 before the end of RAM");
+    let fault = scan(EARLY_SECTIONS_MAX + 1).0.unwrap_err();
+    assert_eq!(
+        (fault.field.as_ref(), fault.problem.as_ref()),
+        ("section `v256`", "is one more than 256 before the RAM")
+    );
+}
+
+#[test]
+fn an_early_section_may_have_a_mebibyte() {
+    let header = SectionHeader {
+        kind: SectionKind::Full,
+        section_id: 9,
+        idstr: name("v"),
+        instance_id: 0,
+        version_id: 1,
+    };
+    let footer = [encoded(Item::Footer { section_id: 9 }), encoded(Item::Part { section_id: 1 })].concat();
+    let told = |len: usize| {
+        let bytes = [vec![0x7e; len], footer.clone()].concat();
+        early_payload_len(&bytes, 0, &header, Some(1))
+    };
+    assert_eq!(told(EARLY_SECTION_LEN_MAX), Ok(EARLY_SECTION_LEN_MAX));
+    assert_eq!(
+        message(told(EARLY_SECTION_LEN_MAX + 1)),
+        "section `v` at 0x0: has no end within 0x100000 bytes"
+    );
+    // No prefix is enough, and none is refused.
+    let bytes = [vec![0x7e; 30], footer].concat();
+    for len in 0..bytes.len() {
+        let told = early_payload_len(&bytes[..len], 0, &header, Some(1));
+        assert!(matches!(told, Err(DecodeError::Incomplete { .. })), "{len} bytes: {told:?}");
+    }
 }

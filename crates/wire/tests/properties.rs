@@ -5,7 +5,7 @@ mod golden;
 use page::{PageCount, PageRange, PageSet, PageSize};
 use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
-use wire::mapped_ram::{ImagePlan, encode_tail};
+use wire::mapped_ram::{ImagePlan, Sections, encode_tail};
 use wire::qemu::vmdesc::{self, Located};
 use wire::qemu::{
     BlockEntry, BlockListVariant, Command, Configuration, DiscardRange, Event, Item, PostcopyAdvise,
@@ -325,6 +325,7 @@ proptest! {
         sizes in vec(1..40u64, 1..5),
         start in 0..0x20_0000u64,
         sections in vec((header(SectionKind::Full), vec(any::<u8>(), 0..100)), 0..4),
+        early in vec((header(SectionKind::Full), vec(any::<u8>(), 0..100)), 0..4),
     ) {
         let configuration = Configuration::new(IdStr::new("pc-q35-10.0").unwrap())
             .with_capability(IdStr::new("mapped-ram").unwrap());
@@ -336,15 +337,32 @@ proptest! {
         }).collect();
         let ram = SectionHeader::ram(3);
         let plan = ImagePlan::new(&configuration, &ram, &blocks, PageSize::X86, start).unwrap();
-        let mut blob = Vec::new();
-        for (header, payload) in &sections {
-            header.encode(&mut blob);
-            blob.extend_from_slice(payload);
-            Item::Footer { section_id: header.section_id }.encode(&mut blob);
-        }
+        let encoded = |sections: &[(SectionHeader, Vec<u8>)]| {
+            let mut blob = Vec::new();
+            for (header, payload) in sections {
+                header.encode(&mut blob);
+                blob.extend_from_slice(payload);
+                Item::Footer { section_id: header.section_id }.encode(&mut blob);
+            }
+            blob
+        };
+        // Of one id there is one section; the description tells names apart.
+        let early: Vec<_> = early.into_iter().enumerate().map(|(i, (mut header, payload))| {
+            header.section_id = 1000 + i as u32;
+            header.instance_id = i as u32;
+            (header, payload)
+        }).collect();
+        let (blob, early_blob) = (encoded(&sections), encoded(&early));
+        let sections = Sections { early: &early_blob, devices: &blob };
         let manifest = serde_json::json!({ "tool": "vmstate", "höhe": [1, 2] });
-        let description = vmdesc::describe(Some(&configuration), 4096, &[], Some(manifest.clone()));
-        let tail = encode_tail(3, &blob, &description).unwrap();
+        let mut description = vmdesc::describe(Some(&configuration), 4096, &[], Some(manifest.clone()));
+        description.devices = early.iter().map(|(header, payload)| vmdesc::Device {
+            name: header.idstr.as_str().to_owned(),
+            instance_id: header.instance_id,
+            fields: vec![vmdesc::Field::plain("data", "buffer", payload.len() as u64)],
+            ..vmdesc::Device::default()
+        }).collect();
+        let tail = encode_tail(3, sections, &description).unwrap();
 
         let mut file = vec![0; plan.tail_offset as usize];
         for block in &plan.blocks {
@@ -357,6 +375,10 @@ proptest! {
         prop_assert_eq!(layout.preamble.configuration, Some(configuration));
         let planned: Vec<_> = plan.blocks.into_iter().map(|block| block.placement).collect();
         prop_assert_eq!(layout.blocks, planned);
+        let found: Vec<_> = layout.early.iter()
+            .map(|section| (section.section_id, golden::at(&file, section.payload).to_vec())).collect();
+        let put: Vec<_> = early.iter().map(|(header, payload)| (header.section_id, payload.clone())).collect();
+        prop_assert_eq!(found, put);
         let state = golden::at(&file, layout.device_state);
         prop_assert_eq!(&state[..blob.len()], &blob[..]);
         prop_assert_eq!(&state[blob.len()..], b"\0");
@@ -406,12 +428,14 @@ proptest! {
 
     #[test]
     fn mutated_images_panic_nowhere(damage in vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
-        let mut packed = golden::sparse("q35-10.0-mapped-ram");
-        // The blocks' metadata is in the first half kilobyte; the rest is device state and JSON.
-        for (place, byte) in damage {
-            let place = place.index(520);
-            packed[place] = byte;
+        for name in ["q35-10.0-mapped-ram", "q35-10.0-mapped-ram-virtio-mem"] {
+            let mut packed = golden::sparse(name);
+            // The blocks' metadata is in the first half kilobyte; the rest is device state and JSON.
+            for (place, byte) in &damage {
+                let place = place.index(520);
+                packed[place] = *byte;
+            }
+            fuzz::layout(&packed);
         }
-        fuzz::layout(&packed);
     }
 }

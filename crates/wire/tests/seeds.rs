@@ -16,6 +16,7 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let with = |first: &[u8], rest: &[u8]| [first, rest].concat();
     // A short stream: the list of blocks, the first page and what surrounds it, no device state.
     let image = golden::sparse("q35-10.0-mapped-ram");
+    let early = golden::load("q35-10.0-stream-virtio-mem");
     vec![
         ("preamble", "q35-10.0-stream", stream[..0x19].to_vec()),
         ("preamble", "q35-10.0-stream-ignore-shared-uuid", shared[..0x72].to_vec()),
@@ -24,10 +25,12 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("item", "ram-discard", b"\x08\0\x06\0\x1a\0\x06pc.ram\0\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\x10\0".to_vec()),
         ("block_list", "q35-10.0-stream", with(&[0], &stream[0x29..0xbd])),
         ("stream", "q35-10.0-stream", with(&[255], &stream[..0x2200])),
+        ("stream", "q35-10.0-stream-virtio-mem", with(&[255], &early[..0x2200])),
         ("device_split", "q35-10.0-xen-head", with(&xen[8..0xae1], &[0])),
         ("device_split", "two-ways", two_ways()),
         ("description", "small", br#"{"devices":[{"name":"a","instance_id":0,"fields":[{"name":"f","type":"struct","size":3,"array_len":2,"struct":{"vmsd_name":"s","version":1,"fields":[]}}],"subsections":[{"vmsd_name":"a/b","version":1,"fields":[]}]}],"vmstate":{"k":[1]}}"#.to_vec()),
         ("layout", "q35-10.0-mapped-ram", image[..].to_vec()),
+        ("layout", "q35-10.0-mapped-ram-virtio-mem", golden::sparse("q35-10.0-mapped-ram-virtio-mem")),
         ("libvirt_head", "libvirt-11.3-raw", libvirt_head()),
         ("return_path", "conversation", conversation()),
         ("bitmap", "pc.bios", vec![0, 3, 0, 0, 0xfe, 0xff, 0xff, 0xff, 0xff, 0xff]),

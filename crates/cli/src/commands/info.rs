@@ -97,12 +97,13 @@ fn devices(info: &ImageInfo) {
     ));
     for device in &info.devices {
         line(format!(
-            "  {:<width$} {:>8} {:>7} {:>12} {:>14}",
+            "  {:<width$} {:>8} {:>7} {:>12} {:>14}{}",
             device.name,
             device.instance_id,
             device.version,
             device.bytes,
             format!("{:#x}", device.offset),
+            if device.early { "  early" } else { "" },
         ));
     }
 }

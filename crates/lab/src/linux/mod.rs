@@ -19,8 +19,15 @@ use crate::process;
 const INIT: &str = include_str!("init.sh");
 
 /// The drivers of what a test may plug in. USB is missing from the cloud kernel: an xHCI works without a driver.
-const MODULES: [&str; 6] =
-    ["virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon", "virtio_rng", "virtio_console"];
+const MODULES: [&str; 7] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_balloon",
+    "virtio_rng",
+    "virtio_console",
+    "virtio_mem",
+];
 
 /// The size of the optional disk.
 const DISK_BYTES: u64 = 64 << 20;
@@ -88,7 +95,10 @@ impl LinuxGuest {
 
     /// The arguments that boot it: for `QemuSpec::extra`, with `QemuSpec::guest` unset.
     pub fn args(&self) -> Vec<OsString> {
-        let mut append = format!("console=ttyS0 quiet panic=-1 lab.mib={}", self.settings.data_mib);
+        let mut append = format!(
+            "console=ttyS0 quiet panic=-1 memhp_default_state=online lab.mib={}",
+            self.settings.data_mib
+        );
         if self.disk.is_some() {
             append.push_str(" lab.disk=vda");
         }

@@ -18,6 +18,6 @@ pub use facts::{guest_facts, stat_disks};
 pub(crate) use launch::lock_hint;
 pub use launch::{LaunchSettings, Launched, launch};
 pub use leftovers::{Cleared, Leftovers};
-pub use probe::{Probe, Probed, probe};
+pub use probe::{EarlySection, Probe, Probed, probe};
 pub use process::find_process;
 pub use session::Session;

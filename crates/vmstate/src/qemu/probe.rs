@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 use wire::DecodeError;
+use wire::qemu::format::SECTION_FOOTER_LEN;
 use wire::qemu::{
     BlockListVariant, Command, Configuration, Item, Preamble, RamSetup, SectionHeader, SectionKind,
-    decode_item, decode_preamble, decode_ram_setup,
+    decode_item, decode_preamble, decode_ram_setup, early_payload_len,
 };
 
 use super::Session;
@@ -39,6 +40,18 @@ pub struct Probe {
     pub ram: SectionHeader,
     /// The RAM blocks: the exact list, order and sizes of what migrates.
     pub setup: RamSetup,
+    /// The sections that QEMU writes between the RAM's list and its pages, in order. They are in the output of
+    /// `xen-save-devices-state`, too, but at another place.
+    pub early: Vec<EarlySection>,
+}
+
+/// A section that a QEMU which loads it is to find before the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EarlySection {
+    /// Its head.
+    pub header: SectionHeader,
+    /// The length of its payload in bytes, which nothing in the stream tells for certain.
+    pub payload_len: usize,
 }
 
 /// Whether the guest's state is RAM and sections that are written in one go, so that it can be lifted.
@@ -46,8 +59,8 @@ pub struct Probe {
 pub enum Probed {
     /// It is.
     Plain(Probe),
-    /// It is not, for this reason: another handler iterates, or wants its section early. Such state is not
-    /// in the output of `xen-save-devices-state`, or only in part.
+    /// It is not, for this reason: another handler iterates, whose state is not in the output of
+    /// `xen-save-devices-state`, or only in part.
     Obstacle(String),
 }
 
@@ -157,7 +170,8 @@ fn decode(bytes: &[u8]) -> Result<Probed, DecodeError> {
                 at += len;
                 break (header, setup);
             }
-            // Its payload has no length, so what follows cannot be read; nor need it be.
+            // Its payload has no length, so what follows cannot be read; nor need it be. No QEMU is known to write
+            // a FULL section here.
             Item::Section(header) => return Ok(Probed::Obstacle(obstacle(&header))),
             Item::Command(Command::OpenReturnPath | Command::Ping(_)) => {}
             other => {
@@ -167,13 +181,21 @@ fn decode(bytes: &[u8]) -> Result<Probed, DecodeError> {
         }
     };
     // The first part tells that the setup is over: every handler that iterates has had its START by then.
+    let mut early = Vec::new();
     loop {
         let (item, len) = decode_item(&bytes[at..], at as u64)?;
         at += len;
         match item {
             Item::Footer { section_id } if section_id == ram.section_id => {}
             Item::Part { section_id } | Item::End { section_id } if section_id == ram.section_id => {
-                return Ok(Probed::Plain(Probe { configuration, ram, setup }));
+                return Ok(Probed::Plain(Probe { configuration, ram, setup, early }));
+            }
+            Item::Section(header) if header.kind == SectionKind::Full => {
+                // The composition sees to it that this is the length that the very section has elsewhere.
+                let payload = &bytes[at..];
+                let payload_len = early_payload_len(payload, at as u64, &header, Some(ram.section_id))?;
+                at += payload_len + SECTION_FOOTER_LEN;
+                early.push(EarlySection { header, payload_len });
             }
             Item::Section(header) => return Ok(Probed::Obstacle(obstacle(&header))),
             other => return Ok(Probed::Obstacle(format!("its stream goes on with {other:?}"))),
@@ -233,7 +255,27 @@ mod tests {
     }
 
     #[test]
-    fn other_iterating_and_early_handlers_are_obstacles() {
+    fn early_sections_are_told_with_their_lengths() {
+        let early = |id| header(SectionKind::Full, id, "virtio-mem-device-early");
+        let bytes = with_ram(|bytes| {
+            for (id, payload) in [(9, &b"\x7e\0\0\0\x09, plugged"[..]), (10, b"")] {
+                Item::Section(early(id)).encode(bytes);
+                bytes.extend_from_slice(payload);
+                Item::Footer { section_id: id }.encode(bytes);
+            }
+            Item::Part { section_id: 2 }.encode(bytes);
+        });
+        let Ok(Probed::Plain(probe)) = decode(&bytes) else { panic!("not plain") };
+        let expected =
+            [(9, 14), (10, 0)].map(|(id, payload_len)| EarlySection { header: early(id), payload_len });
+        assert_eq!(probe.early, expected);
+        for len in 0..bytes.len() {
+            assert!(matches!(decode(&bytes[..len]), Err(DecodeError::Incomplete { .. })), "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn other_iterating_handlers_are_obstacles() {
         let vfio =
             with_ram(|bytes| Item::Section(header(SectionKind::Start, 3, "0000:00:03.0/vfio")).encode(bytes));
         let mut early = preamble();

@@ -1,27 +1,33 @@
 //! The device state that an image gets: what QEMU gave, with the run state wanted.
 
 use wire::FileRange;
+use wire::mapped_ram::Sections;
 use wire::qemu::vmdesc::{self, VmDescription};
-use wire::qemu::{Configuration, DeviceState, decode_xen_device_state, global_state};
+use wire::qemu::{Configuration, DeviceSection, decode_xen_device_state, global_state};
 
 use crate::manifest::Manifest;
+use crate::qemu::EarlySection;
 use crate::{Error, Kind, Result};
 
 /// Device state lifted out of QEMU, its sections told apart.
 #[derive(Debug)]
 pub(super) struct LiftedDevices {
-    bytes: Vec<u8>,
-    state: DeviceState,
+    /// The sections that go before the rest, and the rest, heads and footers included.
+    early: Vec<u8>,
+    devices: Vec<u8>,
+    /// All of them, in this order; their offsets are those of where they were lifted from.
+    sections: Vec<DeviceSection>,
 }
 
 impl LiftedDevices {
     /// Takes the output of `xen-save-devices-state`, which always records the guest as running, and records
-    /// `run_state` instead.
+    /// `run_state` instead. It has the early sections where their handlers were registered; `early` says which
+    /// they are.
     ///
     /// # Errors
-    /// [`Kind::Peer`] where it is not understood; [`Kind::Unsupported`] where it cannot be told apart into
-    /// sections, or has no run state to record in.
-    pub(super) fn new(mut bytes: Vec<u8>, run_state: &str) -> Result<LiftedDevices> {
+    /// [`Kind::Peer`] where it is not understood, or the early sections are not those of the probe;
+    /// [`Kind::Unsupported`] where it cannot be told apart into sections, or has no run state to record in.
+    pub(super) fn new(mut bytes: Vec<u8>, run_state: &str, early: &[EarlySection]) -> Result<LiftedDevices> {
         let state = decode_xen_device_state(&bytes, 0).map_err(not_understood)?;
         match state.section(global_state::GLOBAL_STATE_SECTION, 0) {
             Some(section) => {
@@ -39,13 +45,19 @@ impl LiftedDevices {
                 .hint("save with --running, or --via qemu"));
             }
         }
-        Ok(LiftedDevices { bytes, state })
+        let mut rest = state.sections;
+        let first = early.iter().map(|early| take(&mut rest, early)).collect::<Result<Vec<_>>>()?;
+        let joined = |sections: &[DeviceSection]| {
+            let bytes_of = |section: &DeviceSection| &bytes[section.header_at as usize..section.end as usize];
+            sections.iter().flat_map(bytes_of).copied().collect::<Vec<u8>>()
+        };
+        let (early, devices) = (joined(&first), joined(&rest));
+        Ok(LiftedDevices { early, devices, sections: first.into_iter().chain(rest).collect() })
     }
 
     /// The sections, heads and footers included, without an end mark.
-    pub(super) fn sections(&self) -> &[u8] {
-        let first = self.state.sections.first().map_or(self.state.eof_at, |section| section.header_at);
-        &self.bytes[first as usize..self.state.eof_at as usize]
+    pub(super) fn sections(&self) -> Sections<'_> {
+        Sections { early: &self.early, devices: &self.devices }
     }
 
     /// Their description, with the manifest in it.
@@ -56,7 +68,24 @@ impl LiftedDevices {
         manifest: &Manifest,
     ) -> VmDescription {
         let noted = serde_json::to_value(manifest).ok();
-        vmdesc::describe(Some(configuration), page_size, &self.state.sections, noted)
+        vmdesc::describe(Some(configuration), page_size, &self.sections, noted)
+    }
+}
+
+/// Takes the section out of `sections` that the probe saw early.
+fn take(sections: &mut Vec<DeviceSection>, early: &EarlySection) -> Result<DeviceSection> {
+    let EarlySection { header, payload_len } = early;
+    // The probe's length is the first place that could be the end, which a guest may have forged to hide what comes
+    // behind it. Here the section was told apart by other means.
+    let is_it = |section: &DeviceSection| {
+        section.idstr == header.idstr
+            && (section.section_id, section.instance_id) == (header.section_id, header.instance_id)
+            && (section.version_id, section.payload.len()) == (header.version_id, *payload_len as u64)
+    };
+    match sections.iter().position(is_it) {
+        Some(at) => Ok(sections.remove(at)),
+        None => Err(Error::new(Kind::Peer, format!("`{}` is not what it was in the probe", header.idstr))
+            .hint("a device was plugged in or out meanwhile; save again")),
     }
 }
 

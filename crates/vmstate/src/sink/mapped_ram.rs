@@ -38,7 +38,7 @@ impl MappedRamComposition {
         manifest: &Manifest,
         start: u64,
     ) -> Result<MappedRamComposition> {
-        let devices = LiftedDevices::new(devices, run_state)?;
+        let devices = LiftedDevices::new(devices, run_state, &probe.early)?;
         let (configuration, plan) = plan(probe, start)?;
         let page_size = probe.configuration.page_size().unwrap_or(PageSize::X86);
         let description = devices.describe(&configuration, page_size.bytes(), manifest);

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use io::{Counters, Outflow, OutflowError, PageContent};
 use mem::GuestRam;
 use page::{PageCount, PageIndex, PageSet, PageSize};
-use wire::mapped_ram::encode_tail;
+use wire::mapped_ram::{Sections, encode_tail};
 use wire::qemu::{Item, Preamble, RamSetup, RecordEncoder};
 
 use super::devices::{LiftedDevices, not_understood};
@@ -52,17 +52,20 @@ impl StreamComposition {
         run_state: &str,
         manifest: &Manifest,
     ) -> Result<StreamComposition> {
-        let devices = LiftedDevices::new(devices, run_state)?;
+        let devices = LiftedDevices::new(devices, run_state, &probe.early)?;
         let section_id = probe.ram.section_id;
         let setup = RamSetup { blocks: probe.setup.blocks.clone(), multifd_flush: false };
         let mut head = Vec::new();
         Preamble { configuration: Some(probe.configuration.clone()) }.encode(&mut head);
         setup.encode_section(section_id, &mut head);
+        let Sections { early, devices: rest } = devices.sections();
+        head.extend_from_slice(early);
         Item::Part { section_id }.encode(&mut head);
         let page_size = probe.configuration.page_size().unwrap_or(PageSize::X86);
         let description = devices.describe(&probe.configuration, page_size.bytes(), manifest);
         // The end of one part of RAM is that of any other.
-        let tail = encode_tail(section_id, devices.sections(), &description).map_err(not_understood)?;
+        let tail = encode_tail(section_id, Sections { early: b"", devices: rest }, &description)
+            .map_err(not_understood)?;
         Ok(StreamComposition { head, setup, section_id, tail })
     }
 

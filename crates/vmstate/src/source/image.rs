@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 
 use page::{PageSet, RamBlock};
-use wire::qemu::{Configuration, DeviceState};
+use wire::qemu::{Configuration, DeviceSection, DeviceState};
 
 use super::{Format, MappedRamFile, StreamFile};
 use crate::Result;
@@ -92,6 +92,14 @@ impl Image {
         match self {
             Image::MappedRam(image) => image.devices(),
             Image::Stream(stream) => Ok(stream.devices().clone()),
+        }
+    }
+
+    /// The sections that QEMU loads before the RAM and the rest of the device state.
+    pub fn early(&self) -> &[DeviceSection] {
+        match self {
+            Image::MappedRam(image) => &image.layout().early,
+            Image::Stream(stream) => &stream.contents().early,
         }
     }
 

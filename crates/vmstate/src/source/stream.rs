@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use page::{PageIndex, PageSize};
-use wire::qemu::{BlockEntry, Event, Preamble, StreamScanner};
+use wire::qemu::{BlockEntry, DeviceSection, Event, Preamble, StreamScanner};
 use wire::{FileRange, Report};
 
 use super::Bounds;
@@ -34,6 +34,8 @@ pub struct StreamContents {
     pub page_size: PageSize,
     /// The RAM blocks.
     pub blocks: Vec<StreamBlock>,
+    /// The sections of other handlers that stand before the pages.
+    pub early: Vec<DeviceSection>,
     /// Device state, end mark and vmdescription, up to the end of the file; `None` where the RAM section
     /// could not be followed to its end.
     pub tail: Option<FileRange>,
@@ -63,6 +65,7 @@ pub(super) fn scan_pages(
         preamble: None,
         page_size: PageSize::X86,
         blocks: Vec::new(),
+        early: Vec::new(),
         tail: None,
         report: Report::default(),
     };
@@ -92,6 +95,7 @@ pub(super) fn scan_pages(
                     on_page(block, PageIndex(offset >> contents.page_size.shift()));
                     contents.blocks.get_mut(block).into_iter().for_each(|block| block.zero_pages += 1);
                 }
+                Event::Early(section) => contents.early.push(section),
                 Event::DeviceState { at, .. } => tail = Some(at),
                 _ => {}
             }

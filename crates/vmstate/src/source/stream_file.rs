@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use page::{PageIndex, PageRange, PageSet, RamBlock};
 use wire::FileRange;
 use wire::qemu::vmdesc::{self, VmDescription};
-use wire::qemu::{DeviceState, global_state, split_sections};
+use wire::qemu::{DeviceState, check_early, global_state, split_sections};
 
 use super::extents::unreadable;
 use super::mapped_ram::faulty;
@@ -61,7 +61,10 @@ impl StreamFile {
         file.read_exact_at(&mut blob, tail.start)
             .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
         let devices = split_sections(&blob, tail.start).map_err(|fault| faulty(path, fault))?;
-        Ok(StreamFile { path: path.to_owned(), contents, sent, tail, blob, devices })
+        let stream = StreamFile { path: path.to_owned(), contents, sent, tail, blob, devices };
+        let description = if stream.contents.early.is_empty() { None } else { stream.vmdescription()? };
+        check_early(&stream.contents.early, description.as_ref()).map_err(|fault| faulty(path, fault))?;
+        Ok(stream)
     }
 
     /// The path, for messages.

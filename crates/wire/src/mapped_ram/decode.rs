@@ -5,10 +5,11 @@ use std::fmt;
 use page::PageSize;
 
 use crate::cursor::Cursor;
+use crate::qemu::early::{DescribedLengths, only_payload_len};
 use crate::qemu::format::*;
 use crate::qemu::vmdesc::{self, Located};
 use crate::qemu::{
-    BlockListBuilder, BlockListVariant, Command, Item, Preamble, SectionHeader, SectionKind,
+    BlockListBuilder, BlockListVariant, Command, DeviceSection, Item, Preamble, SectionHeader, SectionKind,
     decode_block_entry, decode_item, decode_preamble, decode_total, refused_record,
 };
 use crate::{DecodeError, Fault, FileRange, Findings, IdStr, Report};
@@ -78,11 +79,26 @@ struct State {
     /// Where the stream went on after the last jump.
     run_start: u64,
     sections: u64,
+    /// Whether RAM has gone on after its START: from then on nothing is early.
+    has_parts: bool,
+    early: Vec<DeviceSection>,
+    /// The early section whose end is being looked for.
+    open: Option<OpenSection>,
+    /// What the vmdescription tells of lengths, once it was looked at for them.
+    described: Option<DescribedLengths>,
     device_state_at: u64,
     device_state_end: u64,
     vmdesc: Option<FileRange>,
     /// Whether a survey could not follow the stream to here.
     is_lost: bool,
+}
+
+/// A section of which the head was read.
+#[derive(Clone, Debug)]
+struct OpenSection {
+    header: SectionHeader,
+    header_at: u64,
+    payload_at: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -106,6 +122,16 @@ enum Phase {
         last: bool,
     },
     Items,
+    /// Looks for the vmdescription, for the length of an early section.
+    Locate {
+        len: usize,
+    },
+    /// Reads it; it ends where the file does.
+    Describe,
+    /// The early section ends here, if what is described is true.
+    EarlyFooter,
+    /// The end of the early section is to be searched for.
+    EarlySearch,
     Tail {
         len: usize,
     },
@@ -135,6 +161,10 @@ impl LayoutDecoder {
             regions: Vec::new(),
             run_start: stream_start,
             sections: 0,
+            has_parts: false,
+            early: Vec::new(),
+            open: None,
+            described: None,
             device_state_at: 0,
             device_state_end: 0,
             vmdesc: None,
@@ -227,6 +257,10 @@ impl LayoutDecoder {
             Phase::Payload { last } => self.payload(last),
             Phase::Footer { last } => self.footer(last),
             Phase::Items => self.item(),
+            Phase::Locate { len } => self.locate(len),
+            Phase::Describe => self.describe(),
+            Phase::EarlyFooter => self.early_footer(),
+            Phase::EarlySearch => self.early_search(),
             Phase::Tail { len } => self.tail(len),
             Phase::Done => Ok(()),
         }
@@ -253,6 +287,7 @@ impl LayoutDecoder {
             Item::Section(header) if header.kind == SectionKind::Start && header.idstr == RAM_SECTION => {
                 header
             }
+            Item::Section(header) if header.kind == SectionKind::Full => return self.early(header, len),
             other => return Err(foreign_item(&other, self.at).into()),
         };
         if header.version_id != RAM_SECTION_VERSION {
@@ -400,12 +435,16 @@ impl LayoutDecoder {
         }
         match item {
             Item::Part { section_id } if section_id == self.ram_id() => {
+                self.state.has_parts = true;
                 self.phase = Phase::Payload { last: false };
             }
             Item::End { section_id } if section_id == self.ram_id() => {
                 self.phase = Phase::Payload { last: true };
             }
             Item::Command(Command::SwitchoverStart) => {}
+            Item::Section(header) if header.kind == SectionKind::Full && !self.state.has_parts => {
+                return self.early(header, len);
+            }
             other => return Err(foreign_item(&other, self.at).into()),
         }
         self.at += len as u64;
@@ -414,6 +453,138 @@ impl LayoutDecoder {
 
     fn ram_id(&self) -> u32 {
         self.state.ram.as_ref().map_or(0, |ram| ram.section_id)
+    }
+
+    /// Begins an early section, whose head stands at the position and has `len` bytes.
+    fn early(&mut self, header: SectionHeader, len: usize) -> Result<(), DecodeError> {
+        if self.state.early.len() == EARLY_SECTIONS_MAX {
+            let problem = format!("is one more than {EARLY_SECTIONS_MAX} before the end of RAM");
+            return Err(Fault::damaged(self.at, format!("section `{}`", header.idstr), problem).into());
+        }
+        let payload_at = self.at + len as u64;
+        self.state.open = Some(OpenSection { header, header_at: self.at, payload_at });
+        self.at = payload_at;
+        self.phase = match self.state.described {
+            Some(_) => self.described_end(),
+            None => Phase::Locate { len: TAIL_LEN },
+        };
+        Ok(())
+    }
+
+    /// Goes to where the open section ends by the description, or else to its payload.
+    fn described_end(&mut self) -> Phase {
+        let Some(open) = &self.state.open else { return Phase::Items };
+        let len = self
+            .state
+            .described
+            .as_ref()
+            .and_then(|lengths| lengths.find(&open.header.idstr, open.header.instance_id));
+        let end = len.and_then(|len| open.payload_at.checked_add(len));
+        let fits = |end: &u64| {
+            end.checked_add(SECTION_FOOTER_LEN as u64).is_some_and(|footer_end| footer_end <= self.file_len)
+        };
+        match end.filter(fits) {
+            Some(end) => {
+                self.at = end;
+                Phase::EarlyFooter
+            }
+            None => {
+                self.at = open.payload_at;
+                Phase::EarlySearch
+            }
+        }
+    }
+
+    /// Looks at the last `len` bytes of the file for a description.
+    fn locate(&mut self, len: usize) -> Result<(), DecodeError> {
+        let payload_at = self.state.open.as_ref().map_or(self.at, |open| open.payload_at);
+        let start = payload_at.max(self.file_len.saturating_sub(len as u64));
+        let tail = self.wanted_bytes(start, self.file_len - start, "end of the image")?;
+        match vmdesc::locate(tail, start) {
+            Located::Found(range) => {
+                self.at = range.start;
+                self.phase = Phase::Describe;
+            }
+            Located::TailTooShort if start > payload_at => {
+                self.phase = Phase::Locate { len: (4 * len).min(TAIL_LEN_MAX) };
+            }
+            Located::Absent | Located::TailTooShort => self.use_lengths(DescribedLengths::default()),
+        }
+        Ok(())
+    }
+
+    fn describe(&mut self) -> Result<(), DecodeError> {
+        let start = self.at;
+        let section = self.wanted_bytes(start, self.file_len.saturating_sub(start), "vmdescription")?;
+        let json = section.get(VMDESCRIPTION_HEADER_LEN..).unwrap_or_default();
+        // One that cannot be read tells nothing here; what is wrong with it is told by whoever needs it.
+        let lengths = match vmdesc::parse(json, start) {
+            Ok(description) => DescribedLengths::of(&description),
+            Err(_) => DescribedLengths::default(),
+        };
+        self.use_lengths(lengths);
+        Ok(())
+    }
+
+    fn use_lengths(&mut self, lengths: DescribedLengths) {
+        self.state.described = Some(lengths);
+        self.phase = self.described_end();
+    }
+
+    fn early_footer(&mut self) -> Result<(), DecodeError> {
+        // That so many bytes are left was seen before the end was taken for described.
+        let bytes = self.wanted_bytes(self.at, SECTION_FOOTER_LEN as u64, "footer")?;
+        let id = match bytes.first_chunk::<SECTION_FOOTER_LEN>() {
+            Some([QEMU_VM_SECTION_FOOTER, id @ ..]) => Some(u32::from_be_bytes(*id)),
+            _ => None,
+        };
+        let Some(open) = &self.state.open else { return Ok(()) };
+        if id == Some(open.header.section_id) {
+            self.close(self.at);
+        } else {
+            // QEMU's descriptions leave out what its devices write by hand.
+            self.at = open.payload_at;
+            self.phase = Phase::EarlySearch;
+        }
+        Ok(())
+    }
+
+    fn early_search(&mut self) -> Result<(), DecodeError> {
+        let Some(open) = self.state.open.clone() else { return Ok(()) };
+        // What may follow the footer has to be seen, too: at most a head with the longest name.
+        let len = (EARLY_SECTION_LEN_MAX + SECTION_FOOTER_LEN + SECTION_HEADER_LEN_MAX) as u64;
+        let left = self.file_len.saturating_sub(open.payload_at);
+        let ram_id = self.state.ram.as_ref().map(|ram| ram.section_id);
+        let window = self.wanted_bytes(open.payload_at, len.min(left), "early section")?;
+        let len = only_payload_len(window, open.payload_at, &open.header, ram_id, left <= len)?;
+        self.close(open.payload_at + len as u64);
+        Ok(())
+    }
+
+    /// Ends the open section, whose footer stands at `footer_at`.
+    fn close(&mut self, footer_at: u64) {
+        self.at = footer_at + SECTION_FOOTER_LEN as u64;
+        self.phase = if self.state.ram.is_some() { Phase::Items } else { Phase::Start };
+        let Some(OpenSection { header, header_at, payload_at }) = self.state.open.take() else { return };
+        self.state.early.push(DeviceSection {
+            section_id: header.section_id,
+            idstr: header.idstr,
+            instance_id: header.instance_id,
+            version_id: header.version_id,
+            header_at,
+            payload: FileRange { start: payload_at, end: footer_at },
+            end: self.at,
+        });
+    }
+
+    /// Goes to the offset `start` and gives the `len` bytes from there, which do not reach beyond the file.
+    fn wanted_bytes(&mut self, start: u64, len: u64, field: &'static str) -> Result<&[u8], DecodeError> {
+        self.at = start;
+        let at_hand = self.rest().len() as u64;
+        if at_hand < len {
+            return Err(DecodeError::Incomplete { offset: start + at_hand, field, needed: len - at_hand });
+        }
+        Ok(self.rest().get(..len as usize).unwrap_or_default())
     }
 
     /// Looks at the last `len` bytes of the file for what ends the image.
@@ -491,6 +662,7 @@ impl LayoutDecoder {
             ram,
             total: state.list.total(),
             blocks: state.blocks.clone(),
+            early: state.early.clone(),
             device_state: FileRange { start: state.device_state_at, end: state.device_state_end },
             vmdesc: state.vmdesc,
             file_len: self.file_len,
@@ -545,7 +717,7 @@ fn foreign_item(item: &Item, at: u64) -> Fault {
             SectionKind::Start => Fault::unsupported(
                 at,
                 format!("section `{}`", header.idstr),
-                "iterates, and is not self-delimiting",
+                "hands its state over in pieces without lengths, which only QEMU can tell apart",
             ),
             SectionKind::Full => Fault::unsupported(
                 at,

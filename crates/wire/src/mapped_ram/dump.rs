@@ -1,5 +1,6 @@
 //! The metadata of an image as text.
 
+use crate::FileRange;
 use crate::dump::Dump;
 use crate::qemu;
 
@@ -32,6 +33,14 @@ pub fn layout(layout: &Layout) -> Dump {
         dump.line(at + PAGE_SIZE_AT as u64, format!("{name}.page_size"), format_args!("{page_size:#x}"));
         dump.line(at + BITMAP_OFFSET_AT as u64, format!("{name}.bitmap"), block.bitmap);
         dump.line(at + PAGES_OFFSET_AT as u64, format!("{name}.pages"), block.pages);
+    }
+    for section in &layout.early {
+        let range = FileRange::new(section.header_at, section.end);
+        dump.line(
+            section.header_at,
+            format!("early section {} `{}`", section.section_id, section.idstr),
+            range,
+        );
     }
     dump.line(layout.device_state.start, "device_state", layout.device_state);
     if let Some(vmdesc) = layout.vmdesc {

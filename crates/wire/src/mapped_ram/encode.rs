@@ -114,22 +114,35 @@ impl ImagePlan {
     }
 }
 
-/// The bytes behind the last block's pages: the end of RAM's START, its END, the device state, the end
-/// mark, the vmdescription.
-///
-/// `section_id` is that of the START. `sections` are the FULL sections with heads and footers, without an
-/// end mark: `xen-save-devices-state` gives them, less its eight bytes of head and its last byte.
+/// The FULL sections of an image with heads and footers, without an end mark.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sections<'a> {
+    /// Those that QEMU loads before the rest; they go between RAM's START and its END, where QEMU itself puts
+    /// them.
+    pub early: &'a [u8],
+    /// All others: what `xen-save-devices-state` gives, less its eight bytes of head, its last byte and the
+    /// early ones.
+    pub devices: &'a [u8],
+}
+
+/// The bytes behind the last block's pages: the end of RAM's START, the early sections, RAM's END, the device
+/// state, the end mark, the vmdescription. `section_id` is that of the START.
 ///
 /// # Errors
 /// As [`VmDescription::encode`].
-pub fn encode_tail(section_id: u32, sections: &[u8], description: &VmDescription) -> Result<Vec<u8>, Fault> {
-    let mut out = Vec::with_capacity(sections.len() + 64);
+pub fn encode_tail(
+    section_id: u32,
+    sections: Sections<'_>,
+    description: &VmDescription,
+) -> Result<Vec<u8>, Fault> {
+    let mut out = Vec::with_capacity(sections.early.len() + sections.devices.len() + 64);
     Encoder::new(&mut out).be64(RAM_SAVE_FLAG_EOS);
     Item::Footer { section_id }.encode(&mut out);
+    out.extend_from_slice(sections.early);
     Item::End { section_id }.encode(&mut out);
     Encoder::new(&mut out).be64(RAM_SAVE_FLAG_EOS);
     Item::Footer { section_id }.encode(&mut out);
-    out.extend_from_slice(sections);
+    out.extend_from_slice(sections.devices);
     out.push(QEMU_VM_EOF);
     description.encode(&mut out)?;
     Ok(out)

@@ -2,7 +2,7 @@
 
 use page::{PageCount, PageSize, RamBlock};
 
-use crate::qemu::{BlockEntry, Preamble, SectionHeader};
+use crate::qemu::{BlockEntry, DeviceSection, Preamble, SectionHeader};
 use crate::{FileRange, IdStr};
 
 /// Where everything is in a mapped-ram image. All offsets count from the start of the file.
@@ -20,6 +20,9 @@ pub struct Layout {
     pub total: u64,
     /// The blocks, in the order of the stream.
     pub blocks: Vec<BlockPlacement>,
+    /// The sections of other handlers that stand before the end of RAM, in the order of the stream. They are
+    /// device state that QEMU loads first: virtio-mem's, of how much memory is plugged in.
+    pub early: Vec<DeviceSection>,
     /// The device state: from behind the footer of RAM's END up to and with the end mark.
     pub device_state: FileRange,
     /// The vmdescription, its five bytes of head included.

@@ -435,7 +435,7 @@ fn ways_from(next: &Next, candidates: &HashMap<u32, Candidates>) -> u32 {
 
 /// Whether a head that was found by searching can be one: section ids and versions are small counters,
 /// and names are printable ASCII.
-fn is_plausible(header: &SectionHeader) -> bool {
+pub(super) fn is_plausible(header: &SectionHeader) -> bool {
     header.kind == SectionKind::Full
         && header.section_id <= SECTION_ID_MAX
         && header.version_id <= SECTION_VERSION_MAX

@@ -36,6 +36,8 @@ pub const QEMU_VM_SECTION_FOOTER: u8 = 0x7e;
 
 /// The length of a footer: its type byte and a section id.
 pub const SECTION_FOOTER_LEN: usize = 5;
+/// The length of the longest head of a section: its type byte, its id, a counted name, instance and version.
+pub const SECTION_HEADER_LEN_MAX: usize = 1 + 4 + 1 + 255 + 4 + 4;
 /// The length of a vmdescription's header: its type byte and a length.
 pub const VMDESCRIPTION_HEADER_LEN: usize = 5;
 
@@ -134,6 +136,11 @@ pub const VMDESCRIPTION_LEN_MAX: u32 = 16 << 20;
 pub const SECTION_ENDS_MAX: usize = 1 << 16;
 /// Limit: how many ways through an ambiguous device-state blob are tried.
 pub const SECTION_PATHS_MAX: usize = 10_000;
+/// Limit: how many bytes of a section that stands before the device state are searched for its end. virtio-mem's has a
+/// bit a block, of 2 MiB and more: one of 16 TiB fits.
+pub const EARLY_SECTION_LEN_MAX: usize = 1 << 20;
+/// Limit: how many sections stand before the device state and are not RAM's; a machine has 256 memory slots.
+pub const EARLY_SECTIONS_MAX: usize = 256;
 /// Limit: a section id is a registration counter; one above this is not plausible.
 pub const SECTION_ID_MAX: u32 = 1 << 24;
 /// Limit: a section version above this is not plausible.

@@ -7,6 +7,7 @@
 mod decode;
 pub mod devices;
 pub mod dump;
+pub(crate) mod early;
 mod encode;
 pub mod format;
 pub mod global_state;
@@ -20,6 +21,7 @@ pub mod vmdesc;
 
 pub use decode::{decode_item, decode_preamble, decode_ram_setup};
 pub use devices::{DeviceSection, DeviceState, Witness, decode_xen_device_state, split_sections};
+pub use early::{check_early, early_payload_len};
 pub use item::{Command, DiscardRange, Item, PostcopyAdvise, SectionHeader, SectionKind};
 pub use preamble::{Configuration, Preamble};
 pub use ram::{BlockEntry, BlockListVariant, RamSetup};

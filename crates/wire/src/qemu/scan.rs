@@ -5,13 +5,14 @@ use std::collections::HashMap;
 use page::PageSize;
 
 use crate::cursor::Cursor;
-use crate::{DecodeError, Fault, Findings, IdStr, Report};
+use crate::{DecodeError, Fault, FileRange, Findings, IdStr, Report};
 
 use super::decode::decode_total;
+use super::early::{self, Front};
 use super::format::*;
 use super::{
-    BlockListBuilder, BlockListVariant, Command, Item, Preamble, RamSetup, SectionHeader, SectionKind,
-    decode_block_entry, decode_item, decode_preamble,
+    BlockListBuilder, BlockListVariant, Command, DeviceSection, Item, Preamble, RamSetup, SectionHeader,
+    SectionKind, decode_block_entry, decode_item, decode_preamble,
 };
 
 /// What a stream says next.
@@ -23,6 +24,11 @@ pub enum Event<'a> {
     Command(Command),
     /// The head of RAM's START section.
     Section(SectionHeader),
+    /// A whole section that another handler writes before the RAM goes.
+    ///
+    /// Its end is the first place that can be one, and a guest chooses bytes of its own device state: the
+    /// vmdescription behind the stream is to say the same length.
+    Early(DeviceSection),
     /// The whole payload of RAM's START section.
     Blocks(RamSetup),
     /// The head of one of RAM's PART sections.
@@ -86,8 +92,8 @@ pub struct ScanStep<'a> {
 /// The stream arrives in windows of any size, and any division gives the same events. Nothing is
 /// allocated per page, and only an item that lies across the edge of a window is copied.
 ///
-/// Iterating sections other than RAM's are not self-delimiting, neither is a FULL section before the
-/// device state: both are refused as unsupported, at their offset.
+/// Iterating sections other than RAM's are not self-delimiting: they are refused as unsupported, at their
+/// offset. A FULL section before the first part of RAM is an [`Event::Early`].
 #[derive(Clone, Debug)]
 pub struct StreamScanner {
     machine: Machine,
@@ -110,6 +116,7 @@ struct Machine {
     names: HashMap<IdStr, usize>,
     current: Option<usize>,
     findings: Findings,
+    early: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -126,6 +133,8 @@ enum Phase {
         last: bool,
     },
     Footer(Progress),
+    /// In the payload of an early section.
+    Early(Box<OpenSection>),
     /// The next event is the device state.
     Ended {
         ram_ended: bool,
@@ -140,6 +149,14 @@ enum Progress {
     SetUp,
     Iterating,
     Ended,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct OpenSection {
+    header: SectionHeader,
+    header_at: u64,
+    payload_at: u64,
+    progress: Progress,
 }
 
 /// An event before it borrows its data.
@@ -176,6 +193,7 @@ impl StreamScanner {
             names: HashMap::new(),
             current: None,
             findings,
+            early: 0,
         };
         StreamScanner { machine, carry: Vec::new(), carry_used: 0 }
     }
@@ -347,6 +365,10 @@ impl Machine {
                 let progress = *progress;
                 self.footer(source, progress)
             }
+            Phase::Early(open) => {
+                let open = open.clone();
+                self.early(source, *open)
+            }
             Phase::Ended { ram_ended } => {
                 let event = Event::DeviceState { at: self.at, ram_ended: *ram_ended };
                 self.phase = Phase::Done;
@@ -441,10 +463,53 @@ impl Machine {
                 self.phase = Phase::Done;
                 Ok((Found::Event(Event::DeviceState { at, ram_ended: false }), 0))
             }
+            (SectionKind::Full, Progress::NoRam | Progress::SetUp) => {
+                self.early += 1;
+                if self.early > EARLY_SECTIONS_MAX {
+                    let problem = format!("is one more than {EARLY_SECTIONS_MAX} before the RAM");
+                    return Err(Fault::damaged(at, format!("section `{}`", header.idstr), problem).into());
+                }
+                let payload_at = at + len as u64;
+                self.phase =
+                    Phase::Early(Box::new(OpenSection { header, header_at: at, payload_at, progress }));
+                Ok((Found::Nothing, len))
+            }
             _ => {
                 let field = format!("section `{}`", header.idstr);
-                let problem = "is not self-delimiting and stands before the device state";
+                let problem =
+                    "hands its state over in pieces without lengths, which only QEMU can tell apart";
                 Err(Fault::unsupported(at, field, problem).into())
+            }
+        }
+    }
+
+    fn early(&mut self, source: &[u8], open: OpenSection) -> Result<(Found, usize), DecodeError> {
+        let OpenSection { header, header_at, payload_at, progress } = open;
+        if source.is_empty() {
+            return Err(DecodeError::Incomplete { offset: self.at, field: "early section", needed: 1 });
+        }
+        // One byte more than the limit is taken, wherever windows end, so that any division fails alike.
+        let left = (EARLY_SECTION_LEN_MAX as u64 + 1).saturating_sub(self.at - payload_at);
+        if left == 0 {
+            let problem = format!("has no end within {EARLY_SECTION_LEN_MAX:#x} bytes");
+            return Err(Fault::unsupported(header_at, format!("section `{}`", header.idstr), problem).into());
+        }
+        let ram_id = (progress != Progress::NoRam).then_some(self.ram_id);
+        match early::front(source, self.at, header.section_id, ram_id)? {
+            Front::Payload(len) => Ok((Found::Nothing, len.min(left as usize))),
+            Front::Footer => {
+                let end = self.at + SECTION_FOOTER_LEN as u64;
+                let section = DeviceSection {
+                    section_id: header.section_id,
+                    idstr: header.idstr,
+                    instance_id: header.instance_id,
+                    version_id: header.version_id,
+                    header_at,
+                    payload: FileRange { start: payload_at, end: self.at },
+                    end,
+                };
+                self.phase = Phase::Items(progress);
+                Ok((Found::Event(Event::Early(section)), SECTION_FOOTER_LEN))
             }
         }
     }

@@ -100,14 +100,20 @@ def pages(data, start):
         stream.at = data.index(b"\x01", stream.at + 1)
     mapped = b"mapped-ram" in data[start : stream.at]
     shared = b"x-ignore-shared" in data[start : stream.at]
-    found = []
+    found, parts = [], False
     while True:
         kind = stream.take("B")
         if kind == 8:
             stream.at += 4
             continue
+        if kind == 4 and not parts:
+            # Saved early, and without a length.
+            footer = b"\x7e" + data[stream.at : stream.at + 4]
+            stream.at = data.index(footer, stream.at) + 5
+            continue
         if kind not in (1, 2, 3):
             return found
+        parts = kind > 1
         stream.at += 4 + (12 if kind == 1 else 0)
         while True:
             word = stream.take("Q")

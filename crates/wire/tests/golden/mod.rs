@@ -8,7 +8,7 @@ use wire::mapped_ram::{Layout, LayoutDecoder, Step};
 use wire::{Fault, FileRange};
 
 /// Every golden file of QEMU's.
-pub const ALL: [&str; 9] = [
+pub const ALL: [&str; 12] = [
     "q35-10.0-mapped-ram",
     "q35-10.0-mapped-ram-multifd-direct-io",
     "q35-10.0-mapped-ram-offset",
@@ -18,6 +18,9 @@ pub const ALL: [&str; 9] = [
     "pc-7.2-stream",
     "q35-10.0-xen",
     "q35-7.2-xen",
+    "q35-10.0-mapped-ram-virtio-mem",
+    "q35-10.0-stream-virtio-mem",
+    "q35-10.0-xen-virtio-mem",
 ];
 
 /// The heads of libvirt's images, in the order of the formats' numbers.

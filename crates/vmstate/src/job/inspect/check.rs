@@ -6,7 +6,8 @@ use std::path::Path;
 
 use wire::mapped_ram::survey::{LayoutSurvey, SurveyStep};
 use wire::mapped_ram::{BitmapScanner, BlockPlacement};
-use wire::qemu::survey;
+use wire::qemu::format::VMDESCRIPTION_HEADER_LEN;
+use wire::qemu::{DeviceSection, check_early, survey, vmdesc};
 use wire::{Fault, FileRange, Report};
 
 use crate::source::{Bounds, FileExtents, Format, open_image, scan_stream, unreadable};
@@ -68,7 +69,8 @@ fn mapped_ram(file: &File, path: &Path, start: u64) -> Result<Report> {
     }
     if let Some(layout) = &found.layout {
         let end = layout.vmdesc.map_or(layout.device_state.end, |vmdesc| vmdesc.end);
-        device_state(file, FileRange::new(layout.device_state.start, end), &mut report).map_err(cannot)?;
+        device_state(file, FileRange::new(layout.device_state.start, end), &[], &mut report)
+            .map_err(cannot)?;
     }
     Ok(report)
 }
@@ -105,20 +107,36 @@ fn stream(file: &File, path: &Path, start: u64) -> Result<Report> {
     let contents = scan_stream(file, path, start)?;
     let mut report = contents.report;
     if let Some(tail) = contents.tail {
-        device_state(file, tail, &mut report)
+        device_state(file, tail, &contents.early, &mut report)
             .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
     }
     Ok(report)
 }
 
-fn device_state(file: &File, range: FileRange, report: &mut Report) -> std::io::Result<()> {
+/// Surveys device state, and whether it describes `early`, the sections before it whose lengths are to be confirmed.
+fn device_state(
+    file: &File,
+    range: FileRange,
+    early: &[DeviceSection],
+    report: &mut Report,
+) -> std::io::Result<()> {
     if let Some(fault) = unreadable(file, range.end, range) {
         report.push(fault);
         return Ok(());
     }
     let mut blob = vec![0; range.len() as usize];
     file.read_exact_at(&mut blob, range.start)?;
-    let (found, _) = survey::device_state(&blob, range.start);
+    let (found, state) = survey::device_state(&blob, range.start);
+    if !early.is_empty() {
+        let vmdesc = state.and_then(|state| state.vmdesc);
+        let description = vmdesc.and_then(|vmdesc| {
+            let json = blob.get((vmdesc.start - range.start) as usize + VMDESCRIPTION_HEADER_LEN..)?;
+            vmdesc::parse(json, vmdesc.start).ok()
+        });
+        if let Err(fault) = check_early(early, description.as_ref()) {
+            report.push(fault);
+        }
+    }
     for fault in found.faults {
         // The layout's survey looks at the same end.
         if !report.faults.contains(&fault) {

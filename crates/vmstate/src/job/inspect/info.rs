@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde::Serialize;
-use wire::qemu::{Configuration, DeviceState, vmdesc};
+use wire::qemu::{Configuration, DeviceSection, DeviceState, vmdesc};
 
 use crate::manifest::Manifest;
 use crate::source::{BlockUse, Bounds, Format, MappedRamFile, StreamFile, open_image};
@@ -43,7 +43,7 @@ pub struct ImageInfo {
     pub blocks: Vec<BlockSummary>,
     /// The length of the device state.
     pub device_bytes: u64,
-    /// The device sections, in the order of the stream.
+    /// The device sections, in the order of the stream: the early ones first.
     pub devices: Vec<SectionSummary>,
     /// Whether the device state is described field by field, as QEMU does it.
     pub described: bool,
@@ -79,6 +79,8 @@ pub struct SectionSummary {
     pub bytes: u64,
     /// The absolute offset of the payload.
     pub offset: u64,
+    /// Whether it stands before the end of RAM, so that QEMU loads it first.
+    pub early: bool,
 }
 
 /// Tells what an image holds, by vmstate or by QEMU, in any format that is read.
@@ -128,6 +130,7 @@ fn mapped_ram(file: File, path: &Path, start: u64) -> Result<ImageInfo> {
         run_state: image.run_state()?.map(str::to_owned),
         description: description.as_ref(),
         device_bytes: layout.device_state.len(),
+        early: &layout.early,
         devices: &devices,
     };
     facts.summary(image.file(), path, start)
@@ -163,6 +166,7 @@ fn stream(file: File, path: &Path, start: u64) -> Result<ImageInfo> {
         run_state: image.run_state()?.map(str::to_owned),
         description: description.as_ref(),
         device_bytes: devices.eof_at - image.tail().start + 1,
+        early: &contents.early,
         devices,
     };
     facts.summary(&file, path, start)
@@ -176,7 +180,9 @@ struct Facts<'a> {
     blocks: Vec<BlockSummary>,
     run_state: Option<String>,
     description: Option<&'a vmdesc::VmDescription>,
+    /// The length of the device state without the early sections.
     device_bytes: u64,
+    early: &'a [DeviceSection],
     devices: &'a DeviceState,
 }
 
@@ -209,17 +215,19 @@ impl Facts<'_> {
             zero_bytes: sum(|block| block.zero_bytes),
             hole_bytes: sum(|block| block.hole_bytes),
             blocks: self.blocks,
-            device_bytes: self.device_bytes,
-            devices: self
-                .devices
-                .sections
+            device_bytes: self
+                .early
                 .iter()
-                .map(|section| SectionSummary {
+                .fold(self.device_bytes, |sum, section| sum + (section.end - section.header_at)),
+            devices: (self.early.iter().map(|section| (section, true)))
+                .chain(self.devices.sections.iter().map(|section| (section, false)))
+                .map(|(section, early)| SectionSummary {
                     name: section.idstr.as_str().to_owned(),
                     instance_id: section.instance_id,
                     version: section.version_id,
                     bytes: section.payload.len(),
                     offset: section.payload.start,
+                    early,
                 })
                 .collect(),
             described,

@@ -9,7 +9,8 @@ use std::sync::atomic::Ordering;
 use io::Counters;
 use page::PageIndex;
 use serde_json::json;
-use wire::qemu::{Configuration, Item, Preamble, RamSetup, RecordEncoder};
+use wire::FileRange;
+use wire::qemu::{Configuration, DeviceSection, Item, Preamble, RamSetup, RecordEncoder};
 
 use super::fill::Filling;
 use super::load_failed;
@@ -97,7 +98,17 @@ fn write_stream(
     };
     let mut out = Vec::with_capacity(2 * CHUNK as usize);
     Preamble { configuration: layout.preamble.configuration.clone().map(plain) }.encode(&mut out);
+    // A handler's place is beside the RAM's: before its list or behind it.
+    let ram_at = layout.blocks.first().map_or(0, |block| block.header_at);
+    let (before, behind): (Vec<_>, Vec<_>) = layout.early.iter().partition(|early| early.header_at < ram_at);
+    let read = |section: &DeviceSection| image.read(FileRange::new(section.header_at, section.end));
+    for section in before {
+        out.extend_from_slice(&read(section)?);
+    }
     setup.encode_section(section_id, &mut out);
+    for section in behind {
+        out.extend_from_slice(&read(section)?);
+    }
 
     let mut records = RecordEncoder::new(&setup);
     for (index, block) in layout.blocks.iter().enumerate() {

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use wire::qemu::decode_xen_device_state;
+use wire::qemu::{DeviceSection, decode_xen_device_state};
 
 use crate::job::Observer;
 use crate::manifest::{Disk, FileState, Manifest};
@@ -127,9 +127,11 @@ fn devices(image: &Image, session: &mut Session, observer: &dyn Observer) -> Res
     };
     let known: HashMap<_, _> =
         target.sections.iter().map(|s| ((s.idstr.as_str(), s.instance_id), s.version_id)).collect();
-    let image = image.devices()?;
+    let devices = image.devices()?;
+    // The target writes its early sections among the others.
+    let saved: Vec<_> = image.early().iter().chain(&devices.sections).collect();
     let mut misfits = Vec::new();
-    for section in &image.sections {
+    for section in &saved {
         let name = section.idstr.as_str();
         match known.get(&(name, section.instance_id)) {
             None => misfits.push(incompatible(
@@ -147,7 +149,10 @@ fn devices(image: &Image, session: &mut Session, observer: &dyn Observer) -> Res
         }
     }
     for section in &target.sections {
-        if image.section(&section.idstr, section.instance_id).is_none() {
+        let is_it = |saved: &&&DeviceSection| {
+            (saved.instance_id, &saved.idstr) == (section.instance_id, &section.idstr)
+        };
+        if saved.iter().find(is_it).is_none() {
             let name = section.idstr.as_str();
             observer.warn(&format!(
                 "target has a device `{name}`{}, image has none: it comes up as after a reset",

@@ -136,7 +136,7 @@ fn complete(
         .and_then(|image| image.verify().map(|()| image));
     let image = match opened {
         Ok(image) => image,
-        // QEMU knows what it wrote: state that comes in pieces or early has no length for anybody else.
+        // QEMU knows what it wrote: state that comes in pieces has no length for anybody else.
         Err(error) if error.kind() == Kind::Unsupported => {
             let told =
                 format!("vmstate cannot look into this image, only QEMU can load it: {}", error.chain());
