@@ -31,6 +31,8 @@ pub enum Command {
     Info(Inspect),
     /// Look for every structural fault of an image; exit 1 when there is one
     Check(Inspect),
+    /// Show the device state of an image, field by field
+    Devices(Devices),
     /// Boot the built-in guest, save it, restore it, and compare with QEMU's own best way
     Demo(Demo),
     /// Compare QEMU's own ways of saving and restoring with ours, in real QEMUs
@@ -198,6 +200,27 @@ pub struct Resume {
 pub struct Inspect {
     /// The image to read: mapped-ram or stream, by vmstate or by QEMU
     pub image: PathBuf,
+
+    /// Where in IMAGE it starts (0x10000, 64K, 1M, 2G)
+    #[arg(long, value_name = "N", default_value = "0", value_parser = bytes)]
+    pub offset: u64,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Devices {
+    /// The image to read: mapped-ram or stream, by vmstate or by QEMU
+    pub image: PathBuf,
+
+    /// Only the sections of this name, whole, and bytes in full: cpu, virtio-net, 0000:00:02.0/virtio-net
+    pub name: Option<String>,
+
+    /// An image of the same machine that QEMU itself wrote: it describes what IMAGE does not
+    #[arg(long, value_name = "IMAGE")]
+    pub describe_by: Option<PathBuf>,
 
     /// Where in IMAGE it starts (0x10000, 64K, 1M, 2G)
     #[arg(long, value_name = "N", default_value = "0", value_parser = bytes)]
@@ -404,6 +427,7 @@ impl Args {
             Command::Restore(args) => args.report.json,
             Command::Resume(args) => args.report.json,
             Command::Info(args) | Command::Check(args) => args.json,
+            Command::Devices(args) => args.json,
             Command::Demo(args) => args.json,
             Command::Bench(args) => args.json,
             Command::Completions { .. } | Command::Man => false,

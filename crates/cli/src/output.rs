@@ -54,6 +54,48 @@ pub fn print_json(value: &Value) {
     line(format!("{value:#}"));
 }
 
+/// Data of many lines, written in large pieces.
+pub struct Lines {
+    text: String,
+}
+
+/// How much text is gathered before it is written.
+const LINES_LEN: usize = 64 << 10;
+
+impl Lines {
+    /// None yet.
+    pub fn new() -> Lines {
+        Lines { text: String::new() }
+    }
+
+    /// Adds a line.
+    pub fn line(&mut self, text: impl AsRef<str>) {
+        self.add(text);
+        self.text.push('\n');
+    }
+
+    /// Adds text that is no whole line, or more than one.
+    pub fn add(&mut self, text: impl AsRef<str>) {
+        self.text.push_str(text.as_ref());
+        if self.text.len() >= LINES_LEN {
+            self.flush();
+        }
+    }
+
+    fn flush(&mut self) {
+        use std::io::Write;
+        // A reader that has gone (a closed pipe) has read all it wanted.
+        let _ = std::io::stdout().write_all(self.text.as_bytes());
+        self.text.clear();
+    }
+}
+
+impl Drop for Lines {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
+
 /// Says something on stderr.
 pub fn say(text: impl AsRef<str>) {
     tell("message", text.as_ref(), text.as_ref());

@@ -11,6 +11,7 @@ use crate::mapped_ram::format::bitmap_len;
 use crate::mapped_ram::survey::{LayoutReport, LayoutSurvey, SurveyStep};
 use crate::mapped_ram::{BitmapScanner, Layout, LayoutDecoder, Step, decode_bitmap, encode_bitmap};
 use crate::postcopy::{self, Message, RequestedBlock, Requests};
+use crate::qemu::fields::{FieldDecoder, decode_fields};
 use crate::qemu::format::VMDESCRIPTION_HEADER_LEN;
 use crate::qemu::vmdesc::{self, Located};
 use crate::qemu::{
@@ -143,6 +144,28 @@ pub fn description(data: &[u8]) {
             // Numbers of a manifest that are no exact floats may change; all else may not.
             assert_eq!(again.map(|again| again.devices), Ok(parsed.devices));
         }
+    }
+}
+
+/// A section that can be read by its description has the length that is described, and so has one that a description
+/// was made to fit. First be16 length and the payload, then the description of the first device.
+pub fn fields(data: &[u8]) {
+    let Some((len, data)) = data.split_first_chunk::<2>() else { return };
+    let Some((payload, json)) = data.split_at_checked(usize::from(u16::from_be_bytes(*len))) else { return };
+    let Ok(description) = vmdesc::parse(json, 0) else { return };
+    let Some(device) = description.devices.first() else { return };
+    if let Ok(fields) = decode_fields(device, payload, 0x1000) {
+        assert_eq!(device.payload_len(), Some(payload.len() as u64));
+        let mut at = 0x1000;
+        for field in &fields.fields {
+            assert_eq!(field.offset, at);
+            at += field.len;
+        }
+        assert!(at <= 0x1000 + payload.len() as u64);
+        let _ = crate::qemu::dump::fields(&fields).to_string();
+    }
+    if let Ok(fitted) = FieldDecoder::default().fit(device, payload, 0x1000) {
+        assert_eq!(fitted.payload_len(), Some(payload.len() as u64));
     }
 }
 

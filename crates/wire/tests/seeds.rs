@@ -29,6 +29,7 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("device_split", "q35-10.0-xen-head", with(&xen[8..0xae1], &[0])),
         ("device_split", "two-ways", two_ways()),
         ("description", "small", br#"{"devices":[{"name":"a","instance_id":0,"fields":[{"name":"f","type":"struct","size":3,"array_len":2,"struct":{"vmsd_name":"s","version":1,"fields":[]}}],"subsections":[{"vmsd_name":"a/b","version":1,"fields":[]}]}],"vmstate":{"k":[1]}}"#.to_vec()),
+        ("fields", "struct-array-subsection", fields()),
         ("layout", "q35-10.0-mapped-ram", image[..].to_vec()),
         ("layout", "q35-10.0-mapped-ram-virtio-mem", golden::sparse("q35-10.0-mapped-ram-virtio-mem")),
         ("libvirt_head", "libvirt-11.3-raw", libvirt_head()),
@@ -87,6 +88,22 @@ fn two_ways() -> Vec<u8> {
     .concat()
 }
 
+/// A payload with one of each: a number, an array, a struct, a list, a subsection; and its description.
+fn fields() -> Vec<u8> {
+    let payload = b"\0\0\0\x07\0\x01\0\x02\x09\x01\x05\0\x05\x03d/s\0\0\0\x01\x01";
+    let json = br#"{"devices":[{"name":"d","instance_id":0,"vmsd_name":"d","version":1,"fields":[{"name":"n","type":"uint32","size":4},{"name":"a","array_len":2,"type":"uint16","size":2},{"name":"s","type":"struct","struct":{"vmsd_name":"s","version":1,"fields":[{"name":"b","type":"uint8","size":1}]},"size":1},{"name":"l","type":"qtailq","vmsd_name":"e","version":1,"fields":[{"name":"v","type":"uint8","size":1}],"size":3}],"subsections":[{"vmsd_name":"d/s","version":1,"fields":[{"name":"t","type":"bool","size":1}]}]}]}"#;
+    [&(payload.len() as u16).to_be_bytes()[..], payload, json].concat()
+}
+
+#[test]
+fn the_seed_of_fields_is_read() {
+    let bytes = fields();
+    let (payload, json) = bytes[2..].split_at(usize::from(u16::from_be_bytes([bytes[0], bytes[1]])));
+    let description = wire::qemu::vmdesc::parse(json, 0).unwrap();
+    let fields = wire::qemu::fields::decode_fields(&description.devices[0], payload, 0).unwrap();
+    assert_eq!(wire::qemu::dump::fields(&fields).lines.len(), 6);
+}
+
 #[test]
 fn seeds_are_cut_from_the_goldens() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds");
@@ -113,6 +130,7 @@ fn every_seed_passes_its_target() {
             "stream" => wire::fuzz::stream,
             "device_split" => wire::fuzz::device_split,
             "description" => wire::fuzz::description,
+            "fields" => wire::fuzz::fields,
             "layout" => wire::fuzz::layout,
             "bitmap" => wire::fuzz::bitmap,
             "libvirt_head" => wire::fuzz::libvirt_head,

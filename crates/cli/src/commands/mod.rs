@@ -3,6 +3,7 @@
 mod bench;
 mod check;
 mod demo;
+mod devices;
 mod info;
 mod restore;
 mod resume;
@@ -30,6 +31,7 @@ pub fn run(args: Args) -> vmstate::Result<Outcome> {
         Command::Resume(args) => resume::run(args),
         Command::Info(args) => info::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Devices(args) => devices::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Completions { shell } => {

@@ -8,16 +8,16 @@ use vmstate::qmp::{Capability, Client};
 
 use crate::{Said, booted, images, other, run};
 
-fn keys(value: &Value) -> Vec<&str> {
+pub fn keys(value: &Value) -> Vec<&str> {
     value.as_object().unwrap().keys().map(String::as_str).collect()
 }
 
-fn json(said: &Said) -> Value {
+pub fn json(said: &Said) -> Value {
     serde_json::from_str(&said.stdout).unwrap_or_else(|error| panic!("{error}: {said:?}"))
 }
 
 /// An image by QEMU itself.
-fn stock(client: &mut Client, image: &Path) {
+pub fn stock(client: &mut Client, image: &Path) {
     let on = |name: &str| Capability { name: name.to_owned(), state: true };
     client.set_capabilities(&[on("events"), on("mapped-ram")]).unwrap();
     client.migrate(&format!("file:{}", image.display())).unwrap();

@@ -10,6 +10,10 @@ mod save;
 use std::time::{Duration, Instant};
 
 pub use inspect::{BlockSummary, Check, ImageInfo, SectionSummary, check, check_at, info, info_at};
+/// What the fields of device state are.
+pub use wire::qemu::fields;
+
+pub use inspect::{DescribedBy, DevicesSettings, SectionContent, SectionReport, devices};
 pub use progress::{Estimate, Pace, Progress, ProgressReading};
 pub use restore::{Record, RestoreReport, RestoreSettings, Target, restore};
 pub use resume::{ResumeReport, ResumeSettings, resume};

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::Path;
 
 use page::{PageSet, RamBlock};
+use wire::qemu::vmdesc::VmDescription;
 use wire::qemu::{Configuration, DeviceSection, DeviceState};
 
 use super::{Format, MappedRamFile, StreamFile};
@@ -100,6 +101,25 @@ impl Image {
         match self {
             Image::MappedRam(image) => &image.layout().early,
             Image::Stream(stream) => &stream.contents().early,
+        }
+    }
+
+    /// The vmdescription, if there is one.
+    ///
+    /// # Errors
+    /// As [`MappedRamFile::vmdescription`].
+    pub fn vmdescription(&self) -> Result<Option<VmDescription>> {
+        match self {
+            Image::MappedRam(image) => image.vmdescription(),
+            Image::Stream(stream) => stream.vmdescription(),
+        }
+    }
+
+    /// The format.
+    pub fn format(&self) -> Format {
+        match self {
+            Image::MappedRam(_) => Format::MappedRam,
+            Image::Stream(_) => Format::Stream,
         }
     }
 

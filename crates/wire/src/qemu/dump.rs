@@ -2,6 +2,7 @@
 
 use crate::dump::Dump;
 
+use super::fields::{FieldValue, Fields, Value};
 use super::format::FILE_HEADER_LEN;
 use super::{DeviceState, Preamble, RamSetup};
 
@@ -77,4 +78,42 @@ pub fn device_state(state: &DeviceState) -> Dump {
         dump.line(vmdesc.start, "vmdescription", vmdesc);
     }
     dump
+}
+
+/// The values of a section, each under its whole path. Elements of an array of numbers share a line.
+pub fn fields(fields: &Fields<'_>) -> Dump {
+    let mut dump = Dump::default();
+    add_fields(&mut dump, "", fields);
+    dump
+}
+
+fn add_fields(dump: &mut Dump, path: &str, content: &Fields<'_>) {
+    for FieldValue { name, index, offset, value, .. } in &content.fields {
+        let index = index.map(|index| format!("[{index}]")).unwrap_or_default();
+        add_value(dump, *offset, format!("{path}{name}{index}"), value);
+    }
+    for subsection in &content.subsections {
+        let name = subsection.name;
+        dump.line(subsection.offset, format!("{path}{name}"), format_args!("version {}", subsection.version));
+        add_fields(dump, &format!("{path}{name}."), &subsection.content);
+    }
+}
+
+fn add_value(dump: &mut Dump, offset: u64, path: String, value: &Value<'_>) {
+    match value {
+        Value::Struct(content) => add_fields(dump, &format!("{path}."), content),
+        Value::Array(elements)
+            if elements.iter().any(|e| matches!(e, Value::Struct(_) | Value::Array(_))) =>
+        {
+            for (index, element) in elements.iter().enumerate() {
+                // The fields within tell their own offsets; a key of a tree shows that of the tree.
+                add_value(dump, offset, format!("{path}[{index}]"), element);
+            }
+        }
+        Value::Array(elements) => {
+            let texts: Vec<String> = elements.iter().map(Value::to_string).collect();
+            dump.line(offset, path, texts.join(" "));
+        }
+        value => dump.line(offset, path, value),
+    }
 }

@@ -9,6 +9,7 @@ pub mod devices;
 pub mod dump;
 pub(crate) mod early;
 mod encode;
+pub mod fields;
 pub mod format;
 pub mod global_state;
 mod item;

@@ -3,6 +3,10 @@
 //! QEMU never reads it. It names every FULL section and the size of each field in it, which makes it the
 //! best witness of where sections end. vmstate writes one of its own, with a manifest under one more key.
 
+mod field;
+
+pub use field::Field;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -73,36 +77,22 @@ pub struct Description {
     pub subsections: Vec<Description>,
 }
 
-/// A field, or all elements of an array that are alike.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Field {
-    /// Its name; not unique where array elements are listed one by one.
-    pub name: String,
-    /// How many elements follow one another; absent for one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub array_len: Option<u64>,
-    /// Which element of an array.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub index: Option<u64>,
-    /// The type, as QEMU names it; `struct` has a schema of its own.
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// The schema of a struct.
-    #[serde(default, rename = "struct", skip_serializing_if = "Option::is_none")]
-    pub structure: Option<Box<Description>>,
-    /// The bytes of one element on the wire, subsections of a struct included.
-    pub size: u64,
-}
+impl Device {
+    /// The length of the section's payload in bytes, or `None` where the sizes make no length.
+    pub fn payload_len(&self) -> Option<u64> {
+        fields_len(&self.fields)?.checked_add(subsections_len(&self.subsections)?)
+    }
 
-impl Field {
-    /// A field that is no array and no struct.
-    pub fn plain(name: &str, kind: &str, size: u64) -> Field {
-        Field { name: name.into(), kind: kind.into(), size, ..Field::default() }
+    /// Whether it says no more than how long the payload is: that of a handler without a schema, and all that
+    /// vmstate itself writes.
+    pub fn is_opaque(&self) -> bool {
+        let whole = |field: &Field| field.name == "data" && field.kind == "buffer" && field.parts.is_empty();
+        self.vmsd_name.is_none() && matches!(self.fields.as_slice(), [field] if whole(field))
     }
 }
 
-impl Device {
-    /// The length of the section's payload in bytes, or `None` where the sizes make no length.
+impl Description {
+    /// The length of its fields and subsections in bytes, or `None` where the sizes make no length.
     pub fn payload_len(&self) -> Option<u64> {
         fields_len(&self.fields)?.checked_add(subsections_len(&self.subsections)?)
     }
