@@ -56,6 +56,10 @@ unpack_guest() {
 
 [ "$(uname -m)" = x86_64 ] || die "the guests are x86-64, and so must this machine be"
 has cargo || die "cargo is missing; install Rust first"
+# What libvirt compresses images with: tests compare ours with them.
+for tool in bzip2 xz lzop zstd; do has "$tool" || missing="${missing:-} $tool"; done
+# shellcheck disable=SC2086
+[ -z "${missing:-}" ] || install $(echo $missing | sed 's/\bxz\b/xz-utils/')
 if ! has gcc || ! has as || ! has ld; then install gcc binutils libc6-dev; fi
 qemu_is_new || install_qemu
 [ -e "$assets/linux/vmlinuz" ] || unpack_guest

@@ -13,6 +13,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+#[cfg(feature = "codecs")]
+pub mod codec;
 mod error;
 pub mod job;
 pub mod manifest;

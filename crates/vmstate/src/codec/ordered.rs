@@ -1,0 +1,83 @@
+//! Work that is done by several threads and comes back in its order.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+type Job<I, O> = (I, SyncSender<O>);
+
+/// Threads that all do the same, and what they have in hand.
+#[derive(Debug)]
+pub(super) struct Ordered<I, O> {
+    jobs: Option<SyncSender<Job<I, O>>>,
+    pending: VecDeque<Receiver<O>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl<I: Send + 'static, O: Send + 'static> Ordered<I, O> {
+    /// Starts `count` threads.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(super) fn start(
+        count: usize,
+        work: impl Fn(I) -> O + Send + Sync + 'static,
+    ) -> io::Result<Ordered<I, O>> {
+        let work = Arc::new(work);
+        let (jobs, queue) = sync_channel::<Job<I, O>>(count + 1);
+        let queue = Arc::new(Mutex::new(queue));
+        let mut threads = Vec::with_capacity(count);
+        for _ in 0..count {
+            let (work, queue) = (work.clone(), queue.clone());
+            let thread = std::thread::Builder::new().name("vmstate-codec".to_owned());
+            threads.push(thread.spawn(move || {
+                loop {
+                    // One thread waits for work, the others for it: a lock a piece costs nothing.
+                    let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok((input, done)) = job else { return };
+                    // Whoever asked may have gone.
+                    let _ = done.send(work(input));
+                }
+            })?);
+        }
+        Ok(Ordered { jobs: Some(jobs), pending: VecDeque::new(), threads })
+    }
+
+    /// Whether there is as much in hand as keeps every thread busy.
+    pub(super) fn is_full(&self) -> bool {
+        self.pending.len() > self.threads.len()
+    }
+
+    /// Hands out work. Does not wait while it is not full.
+    pub(super) fn push(&mut self, input: I) -> io::Result<()> {
+        let (done, outcome) = sync_channel(1);
+        let Some(jobs) = &self.jobs else { return Err(ended()) };
+        jobs.send((input, done)).map_err(|_| ended())?;
+        self.pending.push_back(outcome);
+        Ok(())
+    }
+
+    /// Waits for the oldest; `None` where nothing is in hand.
+    ///
+    /// # Errors
+    /// Where the thread that had it panicked.
+    pub(super) fn pop(&mut self) -> Option<io::Result<O>> {
+        self.pending.pop_front().map(|outcome| outcome.recv().map_err(|_| ended()))
+    }
+}
+
+fn ended() -> io::Error {
+    io::Error::other("a thread that compresses or decompresses panicked")
+}
+
+impl<I, O> Drop for Ordered<I, O> {
+    fn drop(&mut self) {
+        self.jobs = None;
+        self.pending.clear();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
