@@ -250,14 +250,14 @@ impl Place {
     /// Completes the image: sync what was written, write the head, sync that.
     ///
     /// # Errors
-    /// The step that failed; the head is wiped then.
-    pub fn publish(self) -> Result<(), DraftError> {
+    /// The step that failed; the head is wiped then, when the place is dropped.
+    pub fn publish(&mut self) -> Result<(), DraftError> {
         self.publish_observed(|_| std::ops::ControlFlow::Continue(()))
     }
 
     /// Publishes, asking `observe` before each step; a break stops there as a crash would.
     pub(crate) fn publish_observed(
-        self,
+        &mut self,
         mut observe: impl FnMut(DraftStep) -> std::ops::ControlFlow<()>,
     ) -> Result<(), DraftError> {
         let steps: &[DraftStep] = match self.sync {
@@ -338,7 +338,7 @@ mod tests {
             let directory = tempfile::tempdir().expect("a temporary directory");
             let path = directory.path().join("disk");
             fs::write(&path, OLD).expect("a file");
-            let place = Place::open(&path, 8, options()).expect("a file");
+            let mut place = Place::open(&path, 8, options()).expect("a file");
             assert_eq!(fs::read(&path).expect("the file"), OLD, "opening changes nothing");
             place.begin(8 + 20).expect("room");
             let begun = fs::read(&path).expect("the file");

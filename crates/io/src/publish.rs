@@ -16,16 +16,17 @@ impl Draft {
     /// only the rename is made.
     ///
     /// # Errors
-    /// [`DraftError::Exists`] when the name was taken meanwhile; otherwise the step that failed. The
-    /// temporary file is gone then, and so is the final name, except that a file which was to be overwritten
-    /// and *was* replaced stays replaced when only the sync of the directory failed.
-    pub fn publish(self) -> Result<(), DraftError> {
+    /// [`DraftError::Exists`] when the name was taken meanwhile; otherwise the step that failed. The final name
+    /// is gone then, except that a file which was to be overwritten and *was* replaced stays replaced when only
+    /// the sync of the directory failed. The temporary file goes when the draft is dropped: that takes its time
+    /// on a slow disk, and whoever has something to do first does it before.
+    pub fn publish(&mut self) -> Result<(), DraftError> {
         self.publish_observed(|_| ControlFlow::Continue(()))
     }
 
     /// Publishes, asking `observe` before each step; a break stops there as a crash would, leaving all as is.
     pub(crate) fn publish_observed(
-        mut self,
+        &mut self,
         mut observe: impl FnMut(DraftStep) -> ControlFlow<()>,
     ) -> Result<(), DraftError> {
         let steps: &[DraftStep] = match self.options.sync {
@@ -114,7 +115,7 @@ mod tests {
     use crate::draft::DraftOptions;
 
     /// Publishes up to the step number `survived`, then "crashes"; gives the steps that were begun.
-    fn crash_after(draft: Draft, survived: usize) -> Vec<DraftStep> {
+    fn crash_after(mut draft: Draft, survived: usize) -> Vec<DraftStep> {
         let mut steps = Vec::new();
         let published = draft.publish_observed(|step| {
             steps.push(step);

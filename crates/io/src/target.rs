@@ -293,7 +293,7 @@ impl Target {
     ///
     /// # Errors
     /// As [`Draft::publish`] and [`Place::publish`].
-    pub fn publish(self) -> Result<(), DraftError> {
+    pub fn publish(&mut self) -> Result<(), DraftError> {
         match self {
             Target::Draft(draft) => draft.publish(),
             Target::Place(place) => place.publish(),

@@ -29,7 +29,7 @@ fn names(directory: &Path) -> Vec<String> {
 fn a_draft_shows_under_its_final_name_only_when_published() {
     let directory = directory();
     let path = directory.path().join("vm.img");
-    let draft = create(&path).expect("a draft");
+    let mut draft = create(&path).expect("a draft");
     draft.buffered().write_all_at(b"state", 0).expect("five bytes");
     let found = names(directory.path());
     assert_eq!(found.len(), 1);
@@ -62,7 +62,7 @@ fn a_new_file_belongs_to_whom_it_is_given() {
     for (owner, user, group, mode) in [("1234:5678", 1234, 5678, 0o640), (":5678", 0, 5678, 0o600)] {
         let path = directory.path().join(mode.to_string());
         let owner = owner.parse().expect("an owner");
-        let draft =
+        let mut draft =
             Draft::create(&path, DraftOptions { owner, mode, ..DraftOptions::default() }).expect("a draft");
         draft.publish().expect("a free name");
         let found = fs::metadata(&path).expect("the file");
@@ -131,9 +131,10 @@ fn a_taken_name_is_refused_at_once_and_kept() {
 fn a_name_taken_meanwhile_is_refused_and_kept() {
     let directory = directory();
     let path = directory.path().join("vm.img");
-    let draft = create(&path).expect("a draft");
+    let mut draft = create(&path).expect("a draft");
     fs::write(&path, "somebody else's").expect("a file");
     let refused = draft.publish().expect_err("the name is taken");
+    drop(draft);
     assert!(matches!(refused, DraftError::Exists { .. }), "{refused}");
     assert_eq!(names(directory.path()), ["vm.img"]);
     assert_eq!(fs::read(&path).expect("the file"), b"somebody else's");
@@ -145,7 +146,7 @@ fn overwriting_replaces_the_old_file_whole() {
     let path = directory.path().join("vm.img");
     fs::write(&path, "old and longer").expect("a file");
     let options = DraftOptions { overwrite: true, sync: false, ..DraftOptions::default() };
-    let draft = Draft::create(&path, options).expect("a draft");
+    let mut draft = Draft::create(&path, options).expect("a draft");
     draft.buffered().write_all_at(b"new", 0).expect("three bytes");
     assert_eq!(fs::read(&path).expect("the file"), b"old and longer");
     draft.publish().expect("a file to replace");
@@ -157,7 +158,7 @@ fn overwriting_replaces_the_old_file_whole() {
 fn a_changeling_under_the_temporary_name_is_not_published() {
     let directory = directory();
     let path = directory.path().join("vm.img");
-    let draft = create(&path).expect("a draft");
+    let mut draft = create(&path).expect("a draft");
     let partial = draft.partial_path().to_owned();
     fs::remove_file(&partial).expect("the draft");
     fs::write(&partial, "not ours").expect("a file");

@@ -476,7 +476,7 @@ fn a_real_file_gets_the_same_bytes_with_and_without_direct_io() {
     let whole = expected(&pieces);
     for direct in [vmstate_io::DirectChoice::Off, vmstate_io::DirectChoice::Auto] {
         let path = directory.path().join(format!("{direct:?}.img"));
-        let draft =
+        let mut draft =
             Draft::create(&path, DraftOptions { direct, ..DraftOptions::default() }).expect("a draft");
         draft.set_len(whole.len() as u64).expect("a length");
         if direct == vmstate_io::DirectChoice::Auto && draft.direct().is_none() {

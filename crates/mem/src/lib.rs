@@ -38,6 +38,7 @@
 //! raw pointers, by vector loads or by the kernel.
 
 mod attach;
+mod credentials;
 mod file;
 mod fill;
 mod guest_ram;
@@ -55,6 +56,7 @@ mod windows;
 mod zero;
 
 pub use attach::{AttachError, AttachReason, BlockAddress};
+pub use credentials::socket_peer_pid;
 pub use file::Medium;
 pub use fill::Fillable;
 pub use guest_ram::{GuestRam, RecheckError};

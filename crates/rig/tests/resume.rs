@@ -4,16 +4,19 @@
 //! run is the same, and nothing of it can clean up.
 
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Barrier;
 use std::time::Instant;
 
 use lab::{Guest, GuestSettings, MachineKind, Qemu, QemuSpec};
 use rustix::process::{Signal, getpid, kill_process};
 use serde_json::{Map, Value, json};
 use vmstate::net::QmpAddress;
+use vmstate::qemu::Session;
 use vmstate::qmp::Client;
 use vmstate::{Cancel, Error, Kind, ResumeReport, ResumeSettings, SaveReport, SaveSettings, Then, Via};
 use vmstate_rig::{DEADLINE, Footprint, Hook};
@@ -142,11 +145,12 @@ fn a_guest_whose_save_was_killed_in_any_phase_is_brought_back() {
             let pid = killed_save(&qemu, &image, via, phase);
             let left = status(&qemu);
             let report = resume(&qemu);
-            // Before the probe QEMU is not changed, and before `stop` the guest runs on.
-            let is_changed = *phase != "connect" && (via, *phase) != (Via::Direct, "probe");
-            let is_stopped = is_changed && *phase != "stop";
+            // When it connects there is no claim yet; before the probe nothing but that, and before `stop` the guest
+            // runs on.
+            let is_known = *phase != "connect";
+            let is_stopped = is_known && !matches!(*phase, "probe" | "stop");
             assert_eq!(left == "running", !is_stopped, "{name}: {left}");
-            assert_eq!(report.cleared.saver_pid, is_changed.then_some(pid), "{name}: {report:?}");
+            assert_eq!(report.cleared.saver_pid, is_known.then_some(pid), "{name}: {report:?}");
             assert_eq!(report.resumed, is_stopped, "{name}: {report:?}");
             assert_eq!(report.run_state, "running", "{name}: {report:?}");
             assert_eq!(status(&qemu), "running", "{name}");
@@ -265,6 +269,54 @@ fn a_save_that_is_under_way_is_neither_resumed_nor_joined() {
         assert_eq!(report.run_state, "running", "{via:?} in {phase}");
         assert_eq!(names_in(dir.path()), ["vm.img"], "{via:?} in {phase}");
     }
+}
+
+/// Two saves that began at one moment both looked before either had written its note, and stopped the guest twice.
+#[test]
+fn of_two_saves_that_begin_at_one_moment_one_goes_on() {
+    let qemu = booted();
+    let before = footprint(&qemu);
+    // With nothing there, and with what a save has left that was killed: a claim of a process that never was.
+    let dead =
+        json!({ "pid": 1 << 30, "start": 1, "host": own_host(), "session": 0, "serial": 0 }).to_string();
+    for leftover in [None, Some(&dead)].into_iter().cycle().take(12) {
+        if let Some(note) = leftover {
+            let claim = json!({ "qom-type": "secret", "id": "vmstate-note-claim.3", "data": note });
+            other(&qemu).execute("object-add", claim).unwrap();
+        }
+        let start = Barrier::new(2);
+        let claim = |qmp: PathBuf| {
+            let mut session = Session::open(&QmpAddress::Unix(qmp), &Cancel::new().unwrap()).unwrap();
+            start.wait();
+            let claimed = session.claim(false);
+            // Nobody gives anything up before both have asked.
+            start.wait();
+            match claimed {
+                Ok(left) => {
+                    assert_eq!(left.is_empty(), leftover.is_none());
+                    left.clear(&mut session).unwrap();
+                    session.settle().unwrap();
+                    None
+                }
+                Err(error) => Some(error.to_string()),
+            }
+        };
+        let (first, second) = std::thread::scope(|scope| {
+            let first = scope.spawn(|| claim(qemu.qmp_path()));
+            let second = scope.spawn(|| claim(qemu.second_qmp_path()));
+            (first.join().unwrap(), second.join().unwrap())
+        });
+        let refused: Vec<_> = first.into_iter().chain(second).collect();
+        assert_eq!(refused, [format!("process {} is saving this guest", std::process::id())]);
+    }
+    assert_untouched(&qemu, &before, "claims");
+}
+
+/// How notes name this boot of this host and the namespace of this process.
+fn own_host() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let namespace = std::fs::metadata("/proc/self/ns/pid").unwrap().ino();
+    format!("{}-{namespace}", &boot[..8])
 }
 
 /// Starts a migration that goes on for hours.

@@ -17,7 +17,7 @@ pub fn save(process: &Process, memory: Memory, pages_offset: u64) -> (Vec<u8>, P
     let ram = Arc::new(ram);
     let directory = tempfile::tempdir().expect("a temporary directory");
     let path = directory.path().join("vm.img");
-    let draft =
+    let mut draft =
         Draft::create(&path, DraftOptions { sync: false, ..DraftOptions::default() }).expect("a draft");
     draft.set_len(pages_offset + memory.length).expect("a length");
     let settings = LaneSettings { lanes: 2, align: draft.direct_io().alignment() };

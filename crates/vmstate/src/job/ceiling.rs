@@ -39,7 +39,7 @@ pub fn takes_direct_io(directory: &Path) -> Result<bool> {
 pub fn write_fresh(path: &Path, bytes: u64, cancel: &Cancel) -> Result<Duration> {
     let started = Instant::now();
     let options = DraftOptions { overwrite: true, direct: DirectChoice::Auto, ..DraftOptions::default() };
-    let draft = Draft::create(path, options)?;
+    let mut draft = Draft::create(path, options)?;
     draft.set_len(bytes)?;
     let align = draft.direct_io().alignment();
     run(draft.lane_target()?, Arc::new(ConstantSupply), align, bytes, |_| 0, cancel)?;

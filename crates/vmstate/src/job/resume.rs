@@ -7,7 +7,7 @@ use io::Cancel;
 use super::Observer;
 use crate::Result;
 use crate::net::QmpAddress;
-use crate::qemu::{Cleared, Leftovers, Session};
+use crate::qemu::{Cleared, Leftovers, Session, refuse_migration};
 use crate::qmp::Client;
 
 /// Which guest to bring back.
@@ -49,11 +49,10 @@ impl ResumeReport {
 pub fn resume(settings: &ResumeSettings, cancel: &Cancel, observer: &dyn Observer) -> Result<ResumeReport> {
     observer.phase("connect");
     let mut client = Client::connect(&settings.qmp, cancel)?;
-    let left = Leftovers::find(&mut client, settings.force)?;
     let version = client.version()?;
     let mut session = Session::bare(client, version);
     // Whoever is killed while clearing leaves the next one no less to go by.
-    session.keep_note();
+    let left = session.claim(settings.force)?;
     observer.phase("clear");
     let cleared = if left.is_empty() { Cleared::default() } else { left.clear(&mut session)? };
     let resumed = session.owes();
@@ -76,14 +75,14 @@ pub(super) fn open_for_save(
     observer: &dyn Observer,
 ) -> Result<Session> {
     let mut client = Client::connect(address, cancel)?;
-    let left = Leftovers::find(&mut client, false)?;
-    let session = if left.is_empty() {
-        let mut session = Session::over(client)?;
-        session.keep_note();
-        session
+    let version = client.version()?;
+    let mut session = Session::bare(client, version);
+    let left = session.claim(false)?;
+    if left.is_empty() {
+        refuse_migration(&mut session.client)?;
     } else {
-        take_over(client, left, observer)?
-    };
+        take_over(&mut session, left, observer)?;
+    }
     // Now that the killed save's descriptors are taken back, QEMU holds none of its files either.
     for stray in io::remove_strays(image) {
         observer.warn(&format!("removed {}, which a killed save had left", stray.display()));
@@ -102,7 +101,7 @@ pub(super) fn open_for_rehearsal(
     observer: &dyn Observer,
 ) -> Result<Session> {
     let mut client = Client::connect(address, cancel)?;
-    if !Leftovers::find(&mut client, false)?.is_empty() {
+    if !Leftovers::find(&mut client, false, None)?.is_empty() {
         observer.warn(
             "a save of this guest was killed; the next one clears what it left, as does vmstate resume",
         );
@@ -113,11 +112,8 @@ pub(super) fn open_for_rehearsal(
 }
 
 /// Clears what a killed save has left and takes its debts over.
-fn take_over(mut client: Client, left: Leftovers, observer: &dyn Observer) -> Result<Session> {
-    let version = client.version()?;
-    let mut session = Session::bare(client, version);
-    session.keep_note();
-    let cleared = left.clear(&mut session)?;
+fn take_over(session: &mut Session, left: Leftovers, observer: &dyn Observer) -> Result<()> {
+    let cleared = left.clear(session)?;
     let saver = cleared.saver_pid.map_or_else(|| "a process".to_owned(), |pid| format!("process {pid}"));
     observer.warn(&match &cleared.stopped {
         Some(state) => format!(
@@ -131,5 +127,5 @@ fn take_over(mut client: Client, left: Leftovers, observer: &dyn Observer) -> Re
         // gets them back.
         session.resume()?;
     }
-    Ok(session)
+    Ok(())
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::note::{Fate, Note, read_notes, remove_note};
+use super::note::{Fate, Note, generation, host, read_notes, remove_note};
 use super::probe::{PROBE, PROBE_BANDWIDTH};
 use super::process::PROOF;
 use super::session::{MARK, Session, mark as mark_of};
@@ -36,17 +36,18 @@ pub struct Cleared {
 }
 
 impl Leftovers {
-    /// Looks for them. Nothing is changed.
+    /// Looks for them, passing over the note `own`. Nothing is changed.
     ///
     /// # Errors
     /// [`Kind::Peer`] where a save is under way by a process that lives, or that cannot be seen from here unless
     /// `force` says that it is gone; others as every QMP command.
-    pub fn find(client: &mut Client, force: bool) -> Result<Leftovers> {
-        let notes = match read_notes(client) {
+    pub fn find(client: &mut Client, force: bool, own: Option<&str>) -> Result<Leftovers> {
+        let mut notes = match read_notes(client) {
             // A QEMU so old that it has no such objects has no notes.
             Err(error) if error.is_refusal() => Vec::new(),
             notes => notes?,
         };
+        notes.retain(|(id, _)| own != Some(id.as_str()));
         for (_, note) in &notes {
             let pid = note.saver.pid;
             match note.saver.fate() {
@@ -70,13 +71,19 @@ impl Leftovers {
             let fds = set["fds"].as_array().map(Vec::as_slice).unwrap_or_default();
             let mut marks = fds.iter().filter_map(|fd| fd["opaque"].as_str());
             marks.any(|mark| {
-                notes.iter().any(|(_, note)| mark_of(note.saver.pid, note.session) == mark)
+                notes.iter().any(|(_, note)| mark_of(&note.saver, note.session) == mark)
                     || is_of_the_dead(mark)
             })
         };
         let fdsets = answer.as_array().into_iter().flatten().filter(is_left);
         let fdsets = fdsets.filter_map(|set| set["fdset-id"].as_u64()).collect();
         Ok(Leftovers { notes, fdsets })
+    }
+
+    /// The generation of a claim behind all that are there.
+    pub(super) fn next_generation(&self) -> u64 {
+        let claims = self.notes.iter().filter_map(|(id, _)| generation(id));
+        claims.max().map_or(0, |latest| latest.saturating_add(1))
     }
 
     /// Whether there are none.
@@ -166,9 +173,34 @@ impl Leftovers {
     }
 }
 
-/// Whether a mark names a process that is gone.
+/// Whether a mark names a process that is gone. One that counts its processes elsewhere may live, whatever has that
+/// number here.
 fn is_of_the_dead(mark: &str) -> bool {
-    let pid =
-        mark.strip_prefix(MARK).and_then(|rest| rest.split(' ').next()).and_then(|pid| pid.parse().ok());
-    pid.is_some_and(|pid| matches!(mem::Peer::open(pid), Err(mem::PeerError::Gone { .. })))
+    let mut words = mark.strip_prefix(MARK).into_iter().flat_map(|rest| rest.split(' '));
+    let (pid, _session, home) = (words.next().and_then(|pid| pid.parse().ok()), words.next(), words.next());
+    let is_gone = |pid: u32| matches!(mem::Peer::open(pid), Err(mem::PeerError::Gone { .. }));
+    home.is_some_and(|home| home == host()) && pid.is_some_and(is_gone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_process_that_is_counted_here_can_be_told_to_be_dead() {
+        // No kernel gives this number away: it is above the limit of pid_max.
+        let (dead, alive) = (1 << 30, std::process::id());
+        let home = host();
+        for (mark, expected) in [
+            (format!("{MARK}{dead} 0 {home}"), true),
+            (format!("{MARK}{alive} 0 {home}"), false),
+            (format!("{MARK}{dead} 0 c0ffee12-1"), false),
+            (format!("{MARK}{dead} 0"), false),
+            (format!("{dead} 0 {home}"), false),
+            (format!("{MARK}x 0 {home}"), false),
+            (String::new(), false),
+        ] {
+            assert_eq!(is_of_the_dead(&mark), expected, "{mark}");
+        }
+    }
 }

@@ -21,3 +21,4 @@ pub use leftovers::{Cleared, Leftovers};
 pub use probe::{EarlySection, Probe, Probed, probe};
 pub use process::find_process;
 pub use session::Session;
+pub(crate) use session::refuse_migration;

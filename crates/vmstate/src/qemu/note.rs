@@ -21,6 +21,8 @@ use crate::{Error, Kind, Result};
 
 /// What the id of a note begins with.
 const PREFIX: &str = "vmstate-note-";
+/// What the id of a claim begins with, behind that; its generation follows.
+const CLAIM: &str = "claim.";
 /// The longest note that is read; ours have a few hundred bytes.
 const NOTE_LEN_MAX: usize = 64 << 10;
 
@@ -33,7 +35,7 @@ pub struct Saver {
     #[serde(rename = "start")]
     start_time: u64,
     /// The boot that this counts from, and the namespace that numbers its processes.
-    host: String,
+    pub(super) host: String,
 }
 
 /// What has become of a saver.
@@ -69,7 +71,8 @@ impl Saver {
     }
 }
 
-fn host() -> String {
+/// This boot of this host, and the namespace that numbers its processes.
+pub(super) fn host() -> String {
     // Where the one cannot be read, the other tells hosts apart.
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let namespace = fs::metadata("/proc/self/ns/pid").map(|stat| stat.ino()).unwrap_or_default();
@@ -105,11 +108,36 @@ impl Note {
     /// As every QMP command.
     pub(super) fn leave(&self, client: &mut Client) -> Result<String> {
         let id = format!("{PREFIX}{}-{}.{}", self.saver.pid, self.session, self.serial);
-        let data = serde_json::to_string(self)
-            .map_err(|error| Error::new(Kind::Misuse, "a note cannot be written").because(error))?;
-        client.execute("object-add", json!({ "qom-type": "secret", "id": id, "data": data }))?;
+        self.add(client, &id)?;
         Ok(id)
     }
+
+    /// Leaves it as the claim of a generation, which there can be only one of: QEMU refuses a second object of an id.
+    /// `None` where another saver was faster.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub(super) fn claim(&self, client: &mut Client, generation: u64) -> Result<Option<String>> {
+        let id = format!("{PREFIX}{CLAIM}{generation}");
+        match self.add(client, &id) {
+            Ok(()) => Ok(Some(id)),
+            // "attempt to add duplicate property 'ID' to object (type 'container')"
+            // (qom/object.c:object_property_try_add, QEMU 7.2 and 10.0).
+            Err(error) if error.to_string().contains("duplicate property") => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn add(&self, client: &mut Client, id: &str) -> Result<()> {
+        let data = serde_json::to_string(self)
+            .map_err(|error| Error::new(Kind::Misuse, "a note cannot be written").because(error))?;
+        client.execute("object-add", json!({ "qom-type": "secret", "id": id, "data": data })).map(drop)
+    }
+}
+
+/// The generation of the claim of this id; `None` for another note.
+pub(super) fn generation(id: &str) -> Option<u64> {
+    id.strip_prefix(PREFIX)?.strip_prefix(CLAIM)?.parse().ok()
 }
 
 /// Takes a note away; it is no error if there is none (any more).

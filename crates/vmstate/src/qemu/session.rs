@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use io::Cancel;
 use serde_json::{Map, Value};
 
+use super::leftovers::Leftovers;
 use super::note::{Note, Saver, remove_note};
 use crate::net::QmpAddress;
 use crate::qmp::{Capability, Client, MigratedRam, MigrationInfo, RunStatus, Version};
@@ -24,7 +25,9 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The capability that makes QEMU send `MIGRATION` events; the only one that may stay on for a probe.
 const EVENTS: &str = "events";
-/// What the mark of a descriptor begins with; the number of the process follows.
+/// How often a claim is tried while other savers come and go in between.
+const CLAIMS_MAX: usize = 8;
+/// What the mark of a descriptor begins with; the number of the process, of its session, and the host follow.
 pub(super) const MARK: &str = "vmstate ";
 
 /// A connection to QEMU together with everything that the job has changed there.
@@ -61,6 +64,8 @@ pub struct Session {
     /// Whether a note of what is owed is kept in QEMU, and the id of the one that is there.
     keeps_note: bool,
     note: Option<String>,
+    /// The id of the claim, which says that nobody else saves this guest.
+    claim: Option<String>,
     notes_left: u64,
     settled: bool,
 }
@@ -80,14 +85,7 @@ impl Session {
     /// As [`Session::open`].
     pub fn over(mut client: Client) -> Result<Session> {
         let version = client.version()?;
-        let migration = client.migration()?;
-        if migration.is_under_way() {
-            return Err(Error::new(
-                Kind::Peer,
-                format!("a migration is under way already (status `{}`)", migration.status),
-            )
-            .hint("wait for it to end, or cancel it with migrate_cancel"));
-        }
+        refuse_migration(&mut client)?;
         Ok(Session::bare(client, version))
     }
 
@@ -101,7 +99,7 @@ impl Session {
             number,
             capabilities_found: None,
             parameters_found: Map::new(),
-            mark: mark(std::process::id(), number),
+            mark: mark(&Saver::this(), number),
             may_have_fdsets: false,
             named_fds: Vec::new(),
             migrating: false,
@@ -112,8 +110,55 @@ impl Session {
             state_before: None,
             keeps_note: false,
             note: None,
+            claim: None,
             notes_left: 0,
             settled: false,
+        }
+    }
+
+    /// Makes this session the only one that saves this guest or clears what is left of a save, among all that ask for
+    /// the same, and keeps a note from now on. Returns what killed savers have left.
+    ///
+    /// Looking first and writing a note after would let two of them see nobody. So the claim is an object of an id
+    /// that both would take, and QEMU gives it to one of them. Claims of the dead stay until they are cleared; the next
+    /// one has the next id. Whoever looked before such a claim was cleared may come to an id that nobody has any more:
+    /// all look again behind their claims, and of two that stand there at most one goes on.
+    ///
+    /// # Errors
+    /// As [`Leftovers::find`]. A claim that was made is given up by [`Session::settle`].
+    pub fn claim(&mut self, force: bool) -> Result<Leftovers> {
+        self.keeps_note = true;
+        for _ in 0..CLAIMS_MAX {
+            let left = Leftovers::find(&mut self.client, force, None)?;
+            let note = Note { serial: 0, ..self.empty_note() };
+            match note.claim(&mut self.client, left.next_generation()) {
+                Ok(Some(id)) => {
+                    self.claim = Some(id);
+                    return Leftovers::find(&mut self.client, force, self.claim.as_deref());
+                }
+                // Whoever has it is told by the next look.
+                Ok(None) => {}
+                // A QEMU without such objects is saved all the same.
+                Err(error) if error.is_refusal() => {
+                    self.keeps_note = false;
+                    return Ok(left);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Error::new(Kind::Peer, "other saves of this guest begin and end all the time")
+            .hint("wait until they are done"))
+    }
+
+    /// A note of this session that says nothing.
+    fn empty_note(&self) -> Note {
+        Note {
+            saver: Saver::this(),
+            session: self.number,
+            serial: self.notes_left,
+            stopped: None,
+            capabilities: None,
+            parameters: Map::new(),
         }
     }
 
@@ -131,12 +176,10 @@ impl Session {
             found.iter().filter(|c| c.state).map(|c| c.name.clone()).collect::<Vec<_>>()
         };
         let note = Note {
-            saver: Saver::this(),
-            session: self.number,
-            serial: self.notes_left,
             stopped: self.state_before.clone().filter(|_| self.stopped),
             capabilities: self.capabilities_found.as_ref().map(on),
             parameters: self.parameters_found.clone(),
+            ..self.empty_note()
         };
         self.notes_left += 1;
         match note.leave(&mut self.client) {
@@ -567,6 +610,9 @@ impl Session {
         if let Some(note) = self.note.take() {
             attempt(self, &|session| remove_note(&mut session.client, &note));
         }
+        if let Some(claim) = self.claim.take() {
+            attempt(self, &|session| remove_note(&mut session.client, &claim));
+        }
         match first {
             None => Ok(()),
             // Where it is known what became of QEMU, the error says so itself.
@@ -578,9 +624,22 @@ impl Session {
     }
 }
 
-/// A mark that no other session of this host has.
-pub(super) fn mark(pid: u32, session: u64) -> String {
-    format!("{MARK}{pid} {session}")
+/// A mark that no other session has.
+pub(super) fn mark(saver: &Saver, session: u64) -> String {
+    format!("{MARK}{} {session} {}", saver.pid, saver.host)
+}
+
+/// Makes sure that no migration is under way.
+///
+/// # Errors
+/// [`Kind::Peer`] where one is; others as every QMP command.
+pub(crate) fn refuse_migration(client: &mut Client) -> Result<()> {
+    let migration = client.migration()?;
+    if !migration.is_under_way() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Peer, format!("a migration is under way already (status `{}`)", migration.status))
+        .hint("wait for it to end, or cancel it with migrate_cancel"))
 }
 
 /// The error for a guest that another client has moved.

@@ -178,13 +178,11 @@ impl Client {
     }
 
     /// The process at the other end of a unix socket, as the kernel remembers it from `listen`: whoever
-    /// made the socket, so it proposes a candidate and proves nothing. `None` over TCP.
+    /// made the socket, so it proposes a candidate and proves nothing. `None` over TCP, and for a process that has
+    /// no number here.
     pub fn listener_pid(&self) -> Option<u32> {
         match &self.stream {
-            Stream::Unix(stream) => {
-                let peer = rustix::net::sockopt::socket_peercred(stream).ok()?;
-                u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
-            }
+            Stream::Unix(stream) => mem::socket_peer_pid(stream),
             Stream::Tcp(_) => None,
         }
     }

@@ -29,6 +29,7 @@ impl Filling {
     pub(super) fn prepare(image: &MappedRamFile, session: &mut Session, pid: Option<u32>) -> Result<Filling> {
         let peer = Arc::new(qemu::find_process(session, pid)?);
         let targets = qemu::host_blocks(&mut session.client)?;
+        let targets = qemu::with_addresses(&mut session.client, &peer, &targets)?;
         let layout = image.layout();
         let largest = layout.blocks.iter().map(|block| block.used_length).max().unwrap_or(0);
         let mut blocks = Vec::with_capacity(layout.blocks.len());

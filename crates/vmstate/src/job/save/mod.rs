@@ -212,7 +212,7 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
     // What a failed save has written is removed on the way out, when the guest has long been resumed: on a slow
     // disk that takes its time.
     let outcome = match carry(settings, &mut session, (&mut target, kind, format), cancel, &mut watch) {
-        Ok(done) => publish(settings, &mut session, target, cancel, &mut watch).map(|()| done),
+        Ok(done) => publish(settings, &mut session, &mut target, cancel, &mut watch).map(|()| done),
         Err(error) => Err(error),
     };
     watch.phase("settle");
@@ -316,7 +316,7 @@ fn carry(
 fn publish(
     settings: &SaveSettings,
     session: &mut Session,
-    target: Target,
+    target: &mut Target,
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
 ) -> Result<()> {
