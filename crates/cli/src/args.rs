@@ -136,7 +136,7 @@ pub struct Restore {
     #[arg(long, value_name = "N", default_value = "0", value_parser = bytes)]
     pub offset: u64,
 
-    /// How the guest comes back: everything first (eager) is what there is; auto takes it
+    /// When the memory comes: before the guest runs, or from the image as it is asked for
     #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
     pub mode: ModeArg,
 
@@ -388,8 +388,12 @@ pub enum FormatArg {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ModeArg {
+    /// Eager if the image is small, cached or remote, or cannot be mapped; else map
     Auto,
+    /// Everything is read first
     Eager,
+    /// RAM is a private mapping of the image, which must stay as it is while the guest runs
+    Map,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -160,6 +160,12 @@ pub enum DraftError {
         /// How many bytes are there from then on.
         bytes: u64,
     },
+    /// A guest lives from what is there: see [`hold`](crate::hold()).
+    #[error("`{}` is the memory of a guest that runs", path.display())]
+    Held {
+        /// The path.
+        path: PathBuf,
+    },
     /// There is not enough room, and there will not be: a device does not grow.
     #[error("`{}` has {has:#x} bytes from {start:#x} on, the image takes {needs:#x}", path.display())]
     TooSmall {

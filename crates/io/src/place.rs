@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use crate::direct::{DirectChoice, DirectIo, is_same_file, unsupported};
 use crate::draft::{DraftError, DraftOptions, DraftStep};
+use crate::hold::hold_for_writing;
 
 /// How many bytes at the start are held back until all others are on the disk: every format of images has its
 /// magic there.
@@ -47,8 +48,8 @@ impl Place {
     ///
     /// # Errors
     /// [`DraftError::Occupied`] where something is there and may not be overwritten; a device always has
-    /// something there. [`DraftError::NotForThis`] where it is neither a file nor a device. A device that the
-    /// system uses itself (mounted, swap) is `EBUSY`.
+    /// something there. [`DraftError::Held`] where a guest runs from it. [`DraftError::NotForThis`] where it is
+    /// neither a file nor a device. A device that the system uses itself (mounted, swap) is `EBUSY`.
     pub fn open(path: &Path, start: u64, options: DraftOptions) -> Result<Place, DraftError> {
         let fail = |step| {
             let path = path.to_owned();
@@ -71,6 +72,10 @@ impl Place {
         if (opened.st_dev, opened.st_ino) != (named.st_dev, named.st_ino) {
             let source = io::Error::other("the name changed hands while it was opened");
             return Err(DraftError::Io { path: path.to_owned(), step: DraftStep::Open, source });
+        }
+        // Where there are no locks nobody can say that they live from it, either.
+        if hold_for_writing(&buffered).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            return Err(DraftError::Held { path: path.to_owned() });
         }
         // A device has no length of its own, but its end can be sought.
         let len = seek(&buffered, SeekFrom::End(0)).map_err(fail(DraftStep::Inspect))?;
@@ -370,6 +375,20 @@ mod tests {
         place.buffered().write_all_at(b"QEVM0003 half", 8).expect("room");
         drop(place);
         assert_eq!(fs::read(&path).expect("the file"), b"before  \0\0\0\0\0\0\0\0 half");
+    }
+
+    #[test]
+    fn what_somebody_lives_from_is_not_overwritten() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("disk");
+        fs::write(&path, OLD).expect("a file");
+        let held = File::open(&path).expect("the file");
+        crate::hold(&held).expect("a lock");
+        let error = Place::open(&path, 8, options()).expect_err("refused");
+        let expected = format!("`{}` is the memory of a guest that runs", path.display());
+        assert_eq!(error.to_string(), expected);
+        drop(held);
+        drop(Place::open(&path, 8, options()).expect("a file"));
     }
 
     #[test]

@@ -186,6 +186,7 @@ fn restore(
     command.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", qmp.display()).into()]);
     let mut serial = Serial::open(&home.join("serial.log"), &home.join("stderr.log")).map_err(lab)?;
     let settings = RestoreSettings {
+        mode: vmstate::Mode::Eager,
         image: image.to_owned(),
         offset: 0,
         target: Target::Launch { command, log: None, foreground: false },

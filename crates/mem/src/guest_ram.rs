@@ -1,10 +1,12 @@
 //! The memory of a guest, block by block.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use page::{PageCount, PageSet, PageSize, Window};
+use rustix::fs::fstat;
 
 use crate::attach::{AttachError, AttachReason, BlockAddress, attach_block, try_reading};
 use crate::file::{BackingFile, Medium};
@@ -144,6 +146,20 @@ impl GuestRam {
             Reach::Shared(shared) => Some(shared.medium()),
             Reach::PrivateFile(private) => Some(private.file().medium()),
         }
+    }
+
+    /// Whether a region is a private mapping of this very file, and if so, where in it the region begins.
+    ///
+    /// # Errors
+    /// What asking for the files' identities said.
+    ///
+    /// # Panics
+    /// When there is no such region.
+    pub fn private_offset_in(&self, region: usize, file: &File) -> io::Result<Option<u64>> {
+        let Reach::PrivateFile(private) = &self.regions[region].reach else { return Ok(None) };
+        let (mapped, asked) = (fstat(private.file().file())?, fstat(file)?);
+        let is_same = (mapped.st_dev, mapped.st_ino) == (asked.st_dev, asked.st_ino);
+        Ok(is_same.then(|| private.file().part().offset))
     }
 
     pub(crate) fn reach(&self, region: usize) -> (&Reach, bool) {

@@ -64,6 +64,7 @@ fn check(machine: MachineKind, backend: MemoryBackend) {
 
     let mut third = QemuSpec { incoming: Incoming::Defer, ..spec }.start().unwrap();
     let settings = RestoreSettings {
+        mode: vmstate::Mode::Auto,
         image: theirs,
         offset: 0,
         target: Target::Waiting(QmpAddress::Unix(third.qmp_path())),

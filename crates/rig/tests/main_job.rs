@@ -34,6 +34,7 @@ fn save(qmp: PathBuf, image: &Path, change: impl FnOnce(&mut SaveSettings)) -> S
 
 fn restore(image: &Path, target: Target) -> RestoreReport {
     let settings = RestoreSettings {
+        mode: vmstate::Mode::Auto,
         image: image.to_owned(),
         offset: 0,
         target,
@@ -237,6 +238,7 @@ fn a_target_whose_memory_is_not_zero_where_the_image_is_gets_refused() {
     let target = spec.start().unwrap();
     memfd_of(target.pid()).write_all_at(&[0x5a], 0x8001fff).unwrap();
     let settings = RestoreSettings {
+        mode: vmstate::Mode::Auto,
         image: image.clone(),
         offset: 0,
         target: Target::Waiting(QmpAddress::Unix(target.qmp_path())),

@@ -157,6 +157,7 @@ fn spec_of(spec: &QemuSpec, backend: MemoryBackend) -> QemuSpec {
 
 fn restore(qemu: &Qemu, image: &Path) -> RestoreReport {
     let settings = RestoreSettings {
+        mode: vmstate::Mode::Auto,
         image: image.to_owned(),
         offset: 0,
         target: Target::Waiting(QmpAddress::Unix(qemu.qmp_path())),

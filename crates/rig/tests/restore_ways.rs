@@ -39,6 +39,7 @@ fn waiting(saved: &Saved, backend: MemoryBackend) -> Qemu {
 
 fn restore(image: &Path, target: &Qemu, via: Via, direct_io: DirectIo) -> Result<RestoreReport> {
     let settings = RestoreSettings {
+        mode: vmstate::Mode::Auto,
         image: image.to_owned(),
         offset: 0,
         target: Target::Waiting(QmpAddress::Unix(target.qmp_path())),

@@ -61,6 +61,7 @@ fn rehearse(settings: &SaveSettings) -> Rehearsal {
 
 fn restore(image: &Path, offset: u64, qemu: &Qemu) -> Result<RestoreReport, Error> {
     let settings = RestoreSettings {
+        mode: vmstate::Mode::Auto,
         image: image.to_owned(),
         offset,
         target: Target::Waiting(QmpAddress::Unix(qemu.qmp_path())),

@@ -145,6 +145,8 @@ impl From<io::DraftError> for Error {
             E::Unsupported { .. } => Error::new(Kind::Unsupported, error.to_string()).hint(NAME_HINT),
             E::Occupied { .. } => Error::new(Kind::Misuse, error.to_string())
                 .hint("give --overwrite if what is there may go, or another place"),
+            E::Held { .. } => Error::new(Kind::Misuse, error.to_string())
+                .hint("give another place, or end the guests that were restored from it by --mode map"),
             E::TooSmall { .. } => {
                 Error::new(Kind::Misuse, error.to_string()).hint("give a larger one, or save to a file")
             }

@@ -1,7 +1,7 @@
 //! `vmstate restore`.
 
 use serde_json::{Map, json};
-use vmstate::{Error, Kind, RestoreReport, RestoreSettings, Target, Via};
+use vmstate::{Error, Kind, Mode, RestoreReport, RestoreSettings, Target, Via};
 
 use super::Outcome;
 use crate::args::{ModeArg, Restore, RestoreViaArg};
@@ -30,11 +30,15 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
             ));
         }
     };
-    let (ModeArg::Auto | ModeArg::Eager) = args.mode;
     let settings = RestoreSettings {
         image: args.image,
         offset: args.offset,
         target,
+        mode: match args.mode {
+            ModeArg::Auto => Mode::Auto,
+            ModeArg::Eager => Mode::Eager,
+            ModeArg::Map => Mode::Map,
+        },
         via: match args.via {
             RestoreViaArg::Auto => Via::Auto,
             RestoreViaArg::Direct => Via::Direct,
@@ -88,7 +92,8 @@ fn as_json(report: &RestoreReport) -> serde_json::Value {
     let phases: Map<_, _> =
         report.phases.0.iter().map(|(name, took)| ((*name).replace(' ', "_") + "_ms", ms(*took))).collect();
     json!({
-        "mode": "eager",
+        "mode": report.mode.name(),
+        "mode_reason": report.mode_reason,
         "via": report.via.name(),
         "reason": report.reason,
         "qemu_pid": report.qemu_pid,
@@ -98,8 +103,8 @@ fn as_json(report: &RestoreReport) -> serde_json::Value {
         "run_state": report.run_state,
         "first_instruction_ms": ms(report.first_instruction),
         "first_instruction_from_ready_ms": ms(report.first_instruction_from_ready),
-        "guest_ready_ms": null,
-        "resident_ms": ms(report.resident),
+        "guest_ready_ms": report.guest_ready.map(ms),
+        "resident_ms": report.resident.map(ms),
         "read_bytes": report.read_bytes,
         "phases": phases,
     })

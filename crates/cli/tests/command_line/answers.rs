@@ -173,6 +173,7 @@ fn answers_have_the_keys_and_exit_codes_that_are_promised() {
             "first_instruction_ms",
             "guest_ready_ms",
             "mode",
+            "mode_reason",
             "phases",
             "qemu_pid",
             "qmp",

@@ -154,6 +154,7 @@ fn restore_qemus(running: &Running, way: Way, image: &Path, cancel: &Cancel) -> 
 
 fn restore_ours(running: &Running, image: &Path, cancel: &Cancel) -> Result<Sample> {
     let settings = RestoreSettings {
+        mode: vmstate::Mode::Eager,
         record: Record::Running,
         ..RestoreSettings::new(image, Target::Waiting(running.address()))
     };

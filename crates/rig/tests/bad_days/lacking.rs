@@ -129,6 +129,7 @@ fn an_image_that_is_replaced_while_it_is_read_is_still_the_one_that_was_checked(
             std::fs::rename(&other, &image).unwrap();
         });
         let settings = RestoreSettings {
+            mode: vmstate::Mode::Auto,
             image: image.clone(),
             target: Target::Waiting(QmpAddress::Unix(target.qmp_path())),
             via: Via::Auto,

@@ -17,6 +17,7 @@ use crate::{booted, images, names_in, save_to, says, small, told};
 
 fn settings(image: &Path, target: Target) -> RestoreSettings {
     RestoreSettings {
+        mode: vmstate::Mode::Auto,
         image: image.to_owned(),
         offset: 0,
         target,

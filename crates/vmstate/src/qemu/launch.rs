@@ -30,6 +30,8 @@ pub struct LaunchSettings<'a> {
     pub log: Option<&'a Path>,
     /// Whether it shares our terminal, standard streams and session.
     pub foreground: bool,
+    /// A descriptor that it gets under the number that it has here, and keeps.
+    pub pass: Option<OwnedFd>,
 }
 
 /// A QEMU that was started here. Dropping it leaves it running.
@@ -47,12 +49,12 @@ pub struct Launched {
 /// socket pair, so that no path is made and nobody else can connect.
 ///
 /// A detached QEMU has its own session, reads nothing, writes its messages to the log, and inherits none of
-/// our descriptors but its end of the pair.
+/// our descriptors but its end of the pair and what it is to keep.
 ///
 /// # Errors
 /// [`Kind::Misuse`] for arguments that cannot go together with a restore; [`Kind::Io`] where the program
 /// cannot be started; [`Kind::Peer`], with QEMU's own messages, where it ends at once.
-pub fn launch(settings: &LaunchSettings<'_>, cancel: &Cancel) -> Result<(Client, Launched)> {
+pub fn launch(settings: LaunchSettings<'_>, cancel: &Cancel) -> Result<(Client, Launched)> {
     let Some((program, args)) = settings.command.split_first() else {
         return Err(Error::new(Kind::Misuse, "no QEMU to start")
             .hint("give its command line: vmstate restore IMAGE -- qemu-system-x86_64 ..."));
@@ -74,7 +76,11 @@ pub fn launch(settings: &LaunchSettings<'_>, cancel: &Cancel) -> Result<(Client,
         ]
         .map(OsString::from),
     );
-    let start = Program { path: program.clone(), args: all, pass: vec![theirs] };
+    let start = Program {
+        path: program.clone(),
+        args: all,
+        pass: [theirs].into_iter().chain(settings.pass).collect(),
+    };
     let cannot = |error: std::io::Error| {
         Error::io(format!("cannot start {}", program.display()), error)
             .hint("name the QEMU to start by its path, or install it")

@@ -117,7 +117,8 @@ impl MappedRamFile {
         Ok(bytes)
     }
 
-    fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
+    /// Reads bytes at an offset of the file.
+    pub(crate) fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
         self.file.read_exact_at(bytes, offset).map_err(|error| match error.kind() {
             ErrorKind::UnexpectedEof => {
                 Error::new(Kind::Damaged, format!("{} became shorter while it was read", self.path.display()))

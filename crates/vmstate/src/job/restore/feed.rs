@@ -7,13 +7,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 
 use io::Counters;
-use page::PageIndex;
+use page::{PageIndex, PageSet};
 use serde_json::json;
 use wire::FileRange;
+use wire::mapped_ram::BlockPlacement;
 use wire::qemu::{Configuration, DeviceSection, Item, Preamble, RamSetup, RecordEncoder};
 
-use super::fill::Filling;
 use super::load_failed;
+use super::map::Share;
 use crate::qemu::Session;
 use crate::source::MappedRamFile;
 use crate::{Error, Kind, Result};
@@ -28,13 +29,14 @@ const ZEROED_LEN_MAX: u64 = 16 << 20;
 /// The first QEMU whose `migrate-incoming` can be told not to exit when the load fails.
 pub(super) const EXIT_ON_ERROR_SINCE: (u32, u32) = (9, 1);
 
-/// Has QEMU load the guest from a stream of ours, and counts the pages that went into it.
+/// Has QEMU load the guest from a stream of ours, and counts the pages that went into it. `shares` says of each
+/// block what is to be in it.
 ///
 /// # Errors
 /// [`Kind::Peer`] with QEMU's own words; [`Kind::Unsupported`] for images that leave blocks out.
 pub(super) fn feed(
     image: &MappedRamFile,
-    filling: &Filling,
+    shares: &[Share],
     session: &mut Session,
     counters: &Counters,
 ) -> Result<()> {
@@ -49,7 +51,7 @@ pub(super) fn feed(
     drop(theirs);
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
-            let written = write_stream(image, filling, &ours, counters);
+            let written = write_stream(image, shares, &ours, counters);
             // A stream that breaks off must end, or QEMU waits for the rest and we for QEMU.
             let _ = ours.shutdown(std::net::Shutdown::Write);
             written
@@ -83,7 +85,7 @@ fn load(session: &mut Session) -> Result<()> {
 /// Writes the whole stream.
 fn write_stream(
     image: &MappedRamFile,
-    filling: &Filling,
+    shares: &[Share],
     mut socket: &UnixStream,
     counters: &Counters,
 ) -> Result<()> {
@@ -112,8 +114,13 @@ fn write_stream(
 
     let mut records = RecordEncoder::new(&setup);
     for (index, block) in layout.blocks.iter().enumerate() {
-        if filling.has(index) {
-            continue;
+        match shares.get(index) {
+            Some(Share::Nothing) => continue,
+            Some(Share::Zero(pages)) => {
+                write_zeroes(section_id, index, block, pages, &mut records, &mut out, &mut send)?;
+                continue;
+            }
+            Some(Share::Whole) | None => {}
         }
         let pages = image.pages(block)?;
         let page = block.page_size.bytes();
@@ -155,6 +162,30 @@ fn write_stream(
         out.extend_from_slice(&image.read(vmdesc)?);
     }
     send(&mut out)
+}
+
+/// Writes pages of one block, all of them as zero.
+fn write_zeroes(
+    section_id: u32,
+    index: usize,
+    block: &BlockPlacement,
+    pages: &PageSet,
+    records: &mut RecordEncoder,
+    out: &mut Vec<u8>,
+    send: &mut impl FnMut(&mut Vec<u8>) -> Result<()>,
+) -> Result<()> {
+    for window in pages.windows() {
+        Item::Part { section_id }.encode(out);
+        for (start, end) in window.mask.runs() {
+            for page in start..end {
+                records.zero(index, (window.first.0 + page as u64) * block.page_size.bytes(), out);
+            }
+        }
+        records.eos(out);
+        Item::Footer { section_id }.encode(out);
+        send(out)?;
+    }
+    Ok(())
 }
 
 /// The configuration of a stream whose pages are in it.

@@ -7,6 +7,7 @@ use mem::{Backing, BlockAddress, Fillable, GuestRam};
 use page::WINDOW_PAGES;
 use wire::mapped_ram::BlockPlacement;
 
+use super::map::Share;
 use super::zero::beside;
 use crate::qemu::{self, Session};
 use crate::source::MappedRamFile;
@@ -62,14 +63,9 @@ impl Filling {
         Ok(Filling { blocks })
     }
 
-    /// No block: everything goes through the stream.
-    pub(super) fn none(image: &MappedRamFile) -> Filling {
-        Filling { blocks: image.layout().blocks.iter().map(|_| None).collect() }
-    }
-
-    /// Whether the block of that place in the list is filled.
-    pub(super) fn has(&self, block: usize) -> bool {
-        self.blocks.get(block).is_some_and(Option::is_some)
+    /// What the stream carries: the blocks that are not filled.
+    pub(super) fn shares(&self) -> Vec<Share> {
+        self.blocks.iter().map(|found| if found.is_some() { Share::Nothing } else { Share::Whole }).collect()
     }
 
     /// Fills every block: its pages from the image, and zero where the image has none.

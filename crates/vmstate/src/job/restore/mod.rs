@@ -3,6 +3,8 @@
 mod feed;
 mod fill;
 mod fit;
+mod map;
+mod mode;
 mod zero;
 
 use std::ffi::OsString;
@@ -16,6 +18,9 @@ use serde_json::json;
 use wire::qemu::format::MAPPED_RAM;
 
 use self::fill::Filling;
+use self::map::Share;
+pub use self::mode::Mode;
+use self::mode::Plan;
 use self::zero::{Verified, verify_zero};
 use super::save::{CHANNELS_MAX, QEMU_CHANNELS, default_channels};
 use super::{DirectIo, Observer, Phases, Stopwatch, Via};
@@ -69,6 +74,8 @@ pub struct RestoreSettings {
     pub offset: u64,
     /// The QEMU.
     pub target: Target,
+    /// When the guest's memory comes.
+    pub mode: Mode,
     /// Who carries the RAM.
     pub via: Via,
     /// How many channels read; `None` leaves it to vmstate.
@@ -88,6 +95,7 @@ impl RestoreSettings {
             image: image.into(),
             offset: 0,
             target,
+            mode: Mode::Auto,
             via: Via::Auto,
             channels: None,
             direct_io: DirectIo::Auto,
@@ -100,7 +108,11 @@ impl RestoreSettings {
 /// What a restore did.
 #[derive(Debug)]
 pub struct RestoreReport {
-    /// Who carried the RAM: never [`Via::Auto`].
+    /// When the memory came: never [`Mode::Auto`].
+    pub mode: Mode,
+    /// Why `auto` took that mode; `None` where it was asked for.
+    pub mode_reason: Option<String>,
+    /// Who carried the RAM, or in [`Mode::Map`] what of it was carried: never [`Via::Auto`].
     pub via: Via,
     /// Why `auto` took no better way, where it did not.
     pub reason: Option<String>,
@@ -118,9 +130,12 @@ pub struct RestoreReport {
     pub first_instruction: Duration,
     /// From QEMU being ready until then.
     pub first_instruction_from_ready: Duration,
-    /// From the call until all memory was resident: for an eager restore the same moment.
-    pub resident: Duration,
-    /// Bytes of pages that were read.
+    /// From the call until the guest was seen to go on; `None` where nobody asked for that.
+    pub guest_ready: Option<Duration>,
+    /// From the call until all memory was resident: for an eager restore the moment of the first instruction;
+    /// `None` for a mapped guest, whose memory comes as it is asked for.
+    pub resident: Option<Duration>,
+    /// Bytes of pages that were read by the end of the restore.
     pub read_bytes: u64,
     /// How long each phase took.
     pub phases: Phases,
@@ -171,28 +186,19 @@ pub fn restore(
     if let io::DirectIo::Unsupported { reason } = &pair.direct_io {
         observer.note(&format!("no direct I/O: {reason}"));
     }
-    if settings.direct_io == DirectIo::Auto {
-        prefer_cache(&mut pair, data_bytes, observer);
+    let is_cached = is_cached(&pair, data_bytes);
+    let plan = mode::plan(settings, &image, data_bytes, is_cached, observer)?;
+    if settings.direct_io == DirectIo::Auto && is_cached && pair.direct.take().is_some() {
+        observer.note("the image is in the page cache: it is read from there");
     }
 
     watch.phase("start");
-    let (mut session, launched) = match &settings.target {
-        Target::Waiting(address) => (Session::open(address, cancel)?, None),
-        Target::Launch { command, log, foreground } => {
-            let (client, launched) = qemu::launch(
-                &LaunchSettings { command, log: log.as_deref(), foreground: *foreground },
-                cancel,
-            )?;
-            match Session::over(client) {
-                Ok(session) => (session, Some(launched)),
-                Err(error) => return Err(launched.give_up(error)),
-            }
-        }
-    };
+    let (mut session, launched, plan) = start(settings, plan, cancel, observer)?;
     let ready = Instant::now();
     let mut let_go = false;
     let outcome = load(
         settings,
+        plan,
         (&image, data_bytes),
         &pair,
         launched.as_ref(),
@@ -203,27 +209,30 @@ pub fn restore(
     );
     watch.phase("settle");
     let qemu_pid = launched.as_ref().map(Launched::pid).or_else(|| session.client.listener_pid());
-    let Loaded { via, reason, run_state, running_at } = match (outcome, launched.as_ref()) {
-        (Ok(loaded), _) => loaded,
-        // It is ended in a moment, and may not answer before: a load keeps QEMU's monitor busy to its end.
-        (Err(error), Some(_)) if !let_go => {
-            session.abandon();
-            return Err(match launched {
-                Some(launched) => launched.give_up(error),
-                None => error,
-            });
-        }
-        (Err(error), _) => {
-            if let Err(worse) = session.settle() {
-                observer.warn(&format!("cleaning up failed as well: {}", worse.chain()));
+    let Loaded { mode, mode_reason, via, reason, run_state, running_at, read_bytes } =
+        match (outcome, launched.as_ref()) {
+            (Ok(loaded), _) => loaded,
+            // It is ended in a moment, and may not answer before: a load keeps QEMU's monitor busy to its end.
+            (Err(error), Some(_)) if !let_go => {
+                session.abandon();
+                return Err(match launched {
+                    Some(launched) => launched.give_up(error),
+                    None => error,
+                });
             }
-            let pid = qemu_pid.filter(|_| let_go);
-            return Err(match pid {
-                Some(pid) => error.hint(format!("the guest may run: QEMU, process {pid}, was left alone")),
-                None => error,
-            });
-        }
-    };
+            (Err(error), _) => {
+                if let Err(worse) = session.settle() {
+                    observer.warn(&format!("cleaning up failed as well: {}", worse.chain()));
+                }
+                let pid = qemu_pid.filter(|_| let_go);
+                return Err(match pid {
+                    Some(pid) => {
+                        error.hint(format!("the guest may run: QEMU, process {pid}, was left alone"))
+                    }
+                    None => error,
+                });
+            }
+        };
     // The guest is there, and may run: what could not be put back is worth a word, not the guest.
     if let Err(worse) = session.settle() {
         observer.warn(&format!("QEMU's own settings were not all put back: {}", worse.chain()));
@@ -234,7 +243,14 @@ pub fn restore(
     };
     let started = watch.started;
     let (phases, _) = watch.finish();
+    let is_eager = mode == Mode::Eager;
+    let channels = settings.channels.unwrap_or_else(|| match via {
+        Via::Qemu => QEMU_CHANNELS,
+        _ => default_channels(),
+    });
     Ok(RestoreReport {
+        mode,
+        mode_reason,
         via,
         reason,
         qemu_pid,
@@ -242,23 +258,60 @@ pub fn restore(
             Target::Waiting(address) => Some(address.to_string()),
             Target::Launch { .. } => user_qmp,
         },
-        direct_io: pair.direct.is_some(),
-        channels: settings.channels.unwrap_or_else(|| match via {
-            Via::Qemu => QEMU_CHANNELS,
-            _ => default_channels(),
-        }),
+        direct_io: is_eager && pair.direct.is_some(),
+        channels: if is_eager { channels } else { 1 },
         run_state,
         first_instruction: running_at.duration_since(started),
         first_instruction_from_ready: running_at.duration_since(ready),
-        resident: running_at.duration_since(started),
-        read_bytes: data_bytes,
+        guest_ready: None,
+        resident: is_eager.then(|| running_at.duration_since(started)),
+        read_bytes,
         phases,
         foreground,
     })
 }
 
+/// Starts the target, or connects to it. Where it turns out not to know how to map an image, and nobody asked
+/// for that, it is started once more as it was given.
+fn start(
+    settings: &RestoreSettings,
+    mut plan: Plan,
+    cancel: &Cancel,
+    observer: &dyn Observer,
+) -> Result<(Session, Option<Launched>, Plan)> {
+    let (command, log, foreground) = match &settings.target {
+        Target::Waiting(address) => return Ok((Session::open(address, cancel)?, None, plan)),
+        Target::Launch { command, log, foreground } => (command, log.as_deref(), *foreground),
+    };
+    let launch = |command: &[OsString], pass| -> Result<(Session, Launched)> {
+        let (client, launched) = qemu::launch(LaunchSettings { command, log, foreground, pass }, cancel)?;
+        match Session::over(client) {
+            Ok(session) => Ok((session, launched)),
+            Err(error) => Err(launched.give_up(error)),
+        }
+    };
+    if let Some((command, held)) = plan.mapped.take() {
+        match launch(&command, Some(held.into())) {
+            Ok((session, launched)) => return Ok((session, Some(launched), plan)),
+            Err(error) if qemu::is_too_old_to_map(&error.chain()) => {
+                let clause = "this QEMU cannot map an image: 8.2 is the first that can";
+                if settings.mode != Mode::Auto {
+                    return Err(Error::new(Kind::Unsupported, clause).hint("restore with --mode eager"));
+                }
+                plan = Plan::eager(clause, observer);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let (session, launched) = launch(command, None)?;
+    Ok((session, Some(launched), plan))
+}
+
 /// What a load that succeeded tells.
 struct Loaded {
+    mode: Mode,
+    mode_reason: Option<String>,
+    read_bytes: u64,
     via: Via,
     reason: Option<String>,
     run_state: String,
@@ -270,6 +323,7 @@ struct Loaded {
 #[allow(clippy::too_many_arguments, reason = "one call, of what its caller already has apart")]
 fn load(
     settings: &RestoreSettings,
+    mut plan: Plan,
     (image, data_bytes): (&Image, u64),
     pair: &ReadPair,
     launched: Option<&Launched>,
@@ -283,9 +337,11 @@ fn load(
     watch.phase("compare");
     require_waiting(session)?;
     fit::compare(image, session, pid, settings.force, watch.observer)?;
-    let (way, reason) = match image {
-        Image::MappedRam(image) => choose(settings, image, pid, session)?,
-        Image::Stream(_) => (Way::Stream, None),
+    let mapped = plan.settle(image, session, pid, watch.observer)?;
+    let (way, reason) = match (image, mapped) {
+        (Image::MappedRam(image), Some(shares)) => (Way::Mapped(image, shares), None),
+        (Image::MappedRam(image), None) => choose(settings, image, pid, session)?,
+        (Image::Stream(_), _) => (Way::Stream, None),
     };
     let via = way.via();
     match &reason {
@@ -295,7 +351,11 @@ fn load(
 
     watch.phase("load");
     let progress = &watch.progress;
-    progress.expect(data_bytes);
+    let read_bytes = match &way {
+        Way::Mapped(image, shares) => carried_bytes(image, shares)?,
+        _ => data_bytes,
+    };
+    progress.expect(read_bytes);
     if matches!(way, Way::Qemu | Way::Stream) {
         // Its monitor is silent during a load of mapped-ram: what QEMU has read, the kernel knows. Whose process it
         // is has to be proven, since another's reads would be told as ours.
@@ -311,11 +371,16 @@ fn load(
         Way::Direct(image, filling) => {
             prepare_plain(session)?;
             filling.fill(image, pair, usize::from(channels), progress.counters(), cancel)?;
-            feed::feed(image, &filling, session, progress.counters())?;
+            feed::feed(image, &filling.shares(), session, progress.counters())?;
         }
         Way::Socket(image) => {
             prepare_plain(session)?;
-            feed::feed(image, &Filling::none(image), session, progress.counters())?;
+            let shares: Vec<_> = image.layout().blocks.iter().map(|_| Share::Whole).collect();
+            feed::feed(image, &shares, session, progress.counters())?;
+        }
+        Way::Mapped(image, shares) => {
+            prepare_plain(session)?;
+            feed::feed(image, &shares, session, progress.counters())?;
         }
     }
 
@@ -351,7 +416,7 @@ fn load(
     }
     let running_at = Instant::now();
     let run_state = session.client.status()?.status;
-    Ok(Loaded { via, reason, run_state, running_at })
+    Ok(Loaded { mode: plan.mode, mode_reason: plan.reason, read_bytes, via, reason, run_state, running_at })
 }
 
 /// The ways for RAM into a target.
@@ -364,13 +429,15 @@ enum Way<'a> {
     Direct(&'a MappedRamFile, Filling),
     /// Everything goes through a stream.
     Socket(&'a MappedRamFile),
+    /// The memory is the image; what is not goes through a stream.
+    Mapped(&'a MappedRamFile, Vec<Share>),
 }
 
 impl Way<'_> {
     fn via(&self) -> Via {
         match self {
             Way::Qemu | Way::Stream => Via::Qemu,
-            Way::Direct(..) => Via::Direct,
+            Way::Direct(..) | Way::Mapped(..) => Via::Direct,
             Way::Socket(_) => Via::Socket,
         }
     }
@@ -497,14 +564,22 @@ fn load_failed(end: &MigrationInfo) -> Error {
         .hint("start it with the machine and devices that the guest was saved with")
 }
 
-/// Leaves the disk alone where all but crumbs of the image is in the page cache, which is faster. What is not
-/// there would come slower through the cache than past it.
-fn prefer_cache(pair: &mut ReadPair, data_bytes: u64, observer: &dyn Observer) {
+/// Whether all but crumbs of the image is in the page cache, from where it is read faster than from any disk.
+/// What is not there would come slower through the cache than past it.
+fn is_cached(pair: &ReadPair, data_bytes: u64) -> bool {
     let cached = pair.buffered.metadata().and_then(|m| io::cached_bytes(&pair.buffered, 0, m.len()));
-    if pair.direct.is_some() && cached.is_ok_and(|cached| cached >= data_bytes - data_bytes / 32) {
-        observer.note("the image is in the page cache: it is read from there");
-        pair.direct = None;
+    cached.is_ok_and(|cached| cached >= data_bytes - data_bytes / 32)
+}
+
+/// How many bytes of pages the stream carries.
+fn carried_bytes(image: &MappedRamFile, shares: &[Share]) -> Result<u64> {
+    let mut sum = 0;
+    for (block, share) in image.layout().blocks.iter().zip(shares) {
+        if matches!(share, Share::Whole) {
+            sum += image.pages(block)?.count().0 * block.page_size.bytes();
+        }
     }
+    Ok(sum)
 }
 
 /// Makes sure that QEMU waits for a guest.

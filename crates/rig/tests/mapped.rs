@@ -1,0 +1,188 @@
+//! Guests whose RAM is a private mapping of their image: they come back whole, go on, and are saved again.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use lab::{Guest, GuestSettings, MachineKind, MemoryBackend, QemuSpec, Serial};
+use vmstate::net::QmpAddress;
+use vmstate::source::MappedRamFile;
+use vmstate::{
+    Cancel, Mode, Observer, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Unobserved,
+    Via,
+};
+use vmstate_rig::{DEADLINE, StockLoad, stock_save};
+
+/// A directory on a disk.
+fn directory() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// A guest that fills all it owns, which is not all there is.
+fn spec(machine: MachineKind, mib: u64, backend: MemoryBackend) -> QemuSpec {
+    let settings = GuestSettings { pages_low_max: 20_000, fill_rounds: 1, ..GuestSettings::default() };
+    QemuSpec { backend, guest: Some(Guest::new(settings)), ..QemuSpec::new(machine, mib << 20) }
+}
+
+fn save(qmp: &Path, image: &Path, change: impl FnOnce(&mut SaveSettings)) -> Result<vmstate::SaveReport> {
+    let mut settings = SaveSettings::new(QmpAddress::Unix(qmp.to_owned()), image);
+    change(&mut settings);
+    vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved)
+}
+
+/// Boots the guest, lets it count, and saves it with vmstate; the round that it had come to.
+fn saved(spec: &QemuSpec, image: &Path) -> u32 {
+    let mut source = spec.start().unwrap();
+    source.wait_for_round(2, DEADLINE).unwrap();
+    save(&source.qmp_path(), image, |_| {}).unwrap();
+    source.serial.latest_round().unwrap()
+}
+
+/// A QEMU that a restore has started. It is ended when this is dropped.
+struct Restored {
+    home: tempfile::TempDir,
+    serial: Serial,
+    report: RestoreReport,
+}
+
+impl Restored {
+    fn qmp(&self) -> PathBuf {
+        self.home.path().join("qmp.sock")
+    }
+
+    /// Lets the guest verify every page `rounds` times more: it halts at the first that is not right.
+    fn goes_on_from(&mut self, round: u32, name: &str) -> u32 {
+        self.serial.wait_for_round(round + 2, None, DEADLINE).expect(name)
+    }
+}
+
+impl Drop for Restored {
+    fn drop(&mut self) {
+        let address = QmpAddress::Unix(self.qmp());
+        let _ = vmstate::qmp::Client::connect(&address, &Cancel::new().unwrap()).and_then(|mut c| c.quit());
+    }
+}
+
+fn restore_observed(spec: &QemuSpec, image: &Path, mode: Mode, observer: &dyn Observer) -> Result<Restored> {
+    let home = tempfile::tempdir().unwrap();
+    let mut command = vec![spec.program.clone().into_os_string()];
+    command.extend(spec.machine_args(home.path()).unwrap());
+    let qmp = home.path().join("qmp.sock");
+    command.extend(["-qmp".into(), OsString::from(format!("unix:{},server=on,wait=off", qmp.display()))]);
+    let serial = Serial::open(&QemuSpec::serial_path(home.path()), &home.path().join("stderr.log")).unwrap();
+    let target = Target::Launch { command, log: None, foreground: false };
+    // Stock QEMU saves what stands still.
+    let settings = RestoreSettings { mode, record: Record::Running, ..RestoreSettings::new(image, target) };
+    let report = vmstate::restore(&settings, &Cancel::new().unwrap(), observer)?;
+    Ok(Restored { home, serial, report })
+}
+
+fn restore(spec: &QemuSpec, image: &Path) -> Restored {
+    restore_observed(spec, image, Mode::Map, &Unobserved).unwrap_or_else(|error| panic!("{}", error.chain()))
+}
+
+/// The mappings of a process that are of this file: their address ranges, offsets and flags.
+fn mappings_of(pid: u32, image: &Path) -> Vec<String> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let name = image.canonicalize().unwrap();
+    maps.lines().filter(|line| line.ends_with(name.to_str().unwrap())).map(str::to_owned).collect()
+}
+
+#[test]
+fn a_mapped_guest_comes_back_whole_and_is_saved_and_mapped_again() {
+    for machine in [MachineKind::Q35, MachineKind::Pc] {
+        for backend in [
+            MemoryBackend::Plain,
+            MemoryBackend::Ram,
+            MemoryBackend::Memfd,
+            MemoryBackend::Object("memory-backend-memfd,share=off".to_owned()),
+        ] {
+            let name = format!("{} {backend}", machine.name());
+            let dir = directory();
+            let (first, second) = (dir.path().join("first.img"), dir.path().join("second.img"));
+            let spec = QemuSpec { extra: vec!["-smp".into(), "2".into()], ..spec(machine, 256, backend) };
+            let round = saved(&spec, &first);
+
+            let mut restored = restore(&spec, &first);
+            assert_eq!(restored.report.mode, Mode::Map, "{name}");
+            assert_eq!(restored.report.run_state, "running", "{name}");
+            assert_eq!(restored.report.resident, None, "{name}: nobody has read the rest");
+            let mapped = mappings_of(restored.report.qemu_pid.unwrap(), &first);
+            assert!(mapped.iter().any(|line| line.contains(" rw-p ")), "{name}: {mapped:?}");
+            let round = restored.goes_on_from(round, &name);
+
+            // Some pages are the guest's own by now, the others are still the first image's.
+            let report = save(&restored.qmp(), &second, |settings| settings.via = Via::Direct).unwrap();
+            assert_eq!(report.via, Via::Direct, "{name}");
+            drop(restored);
+            std::fs::remove_file(&first).unwrap();
+            let mut again = restore(&spec, &second);
+            again.goes_on_from(round, &name);
+        }
+    }
+}
+
+#[test]
+fn an_image_by_stock_qemu_is_mapped() {
+    for how in [StockLoad::PLAIN, StockLoad::BEST] {
+        let dir = directory();
+        let image = dir.path().join("vm.img");
+        let spec = spec(MachineKind::Q35, 256, MemoryBackend::Plain);
+        let mut source = spec.start().unwrap();
+        source.wait_for_round(2, DEADLINE).unwrap();
+        stock_save(&source, &image, how);
+        let round = source.serial.latest_round().unwrap();
+        drop(source);
+        let mut restored = restore(&spec, &image);
+        restored.goes_on_from(round, "stock");
+    }
+}
+
+#[test]
+fn every_node_of_a_guest_is_mapped_from_its_own_place() {
+    let nodes = "-object memory-backend-ram,id=near,size=160M -object memory-backend-memfd,id=far,size=96M \
+                 -numa node,nodeid=0,cpus=0,memdev=near -numa node,nodeid=1,cpus=1,memdev=far -smp 2";
+    let extra = nodes.split_whitespace().map(OsString::from).collect();
+    let spec = QemuSpec { extra, ..spec(MachineKind::Q35, 256, MemoryBackend::Plain) };
+    let dir = directory();
+    let image = dir.path().join("vm.img");
+    let round = saved(&spec, &image);
+    let mut restored = restore(&spec, &image);
+    assert_eq!(mappings_of(restored.report.qemu_pid.unwrap(), &image).len(), 2);
+    restored.goes_on_from(round, "nodes");
+}
+
+/// Where in an image the pages of the board's RAM begin.
+fn pages_offset(image: &Path) -> u64 {
+    let image = MappedRamFile::open(image).unwrap();
+    let ram = image.layout().blocks.iter().find(|block| block.name.as_str() == "pc.ram");
+    ram.expect("the board's RAM").pages.start
+}
+
+/// What a save of a guest that ran leaves behind where a page became zero: the bitmap is right.
+#[test]
+fn bytes_under_pages_that_the_image_has_as_zero_are_not_the_guests() {
+    let dir = directory();
+    let image = dir.path().join("vm.img");
+    let spec = spec(MachineKind::Q35, 256, MemoryBackend::Plain);
+    let round = saved(&spec, &image);
+    let offset = pages_offset(&image);
+    let file = File::options().write(true).open(&image).unwrap();
+    // Far above what the guest owns: one page, a part of one, and a run.
+    for (at, len) in [(0xc00_0000, 4096), (0xc80_0ff0, 16), (0xe00_0000, 3 << 20)] {
+        file.write_all_at(&vec![0x5a; len], offset + at).unwrap();
+    }
+    drop(file);
+    let mut restored = restore(&spec, &image);
+    restored.goes_on_from(round, "stale");
+    let again = dir.path().join("again.img");
+    save(&restored.qmp(), &again, |_| {}).unwrap();
+    let saved = File::open(&again).unwrap();
+    let offset = pages_offset(&again);
+    for at in [0xc00_0000, 0xc80_0ff0, 0xe00_0000, 0xe2f_fff0] {
+        let mut bytes = [0xff; 16];
+        saved.read_exact_at(&mut bytes, offset + at).unwrap();
+        assert_eq!(bytes, [0; 16], "{at:#x}");
+    }
+}

@@ -1,0 +1,177 @@
+//! The guest's RAM as a private mapping of the image: nothing is read before the guest asks for it.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileTypeExt;
+use std::sync::Arc;
+
+use mem::{BlockAddress, GuestRam};
+use page::{PageRange, PageSet};
+use wire::mapped_ram::BlockPlacement;
+
+use crate::job::Observer;
+use crate::qemu::{self, ImageBlock, Session};
+use crate::source::{FileExtents, MappedRamFile};
+use crate::{Error, Kind, Result};
+
+/// How much of what lies under pages that are not in the image is read at once.
+const CHUNK: usize = 1 << 20;
+
+/// What a stream carries of a block.
+#[derive(Debug)]
+pub(super) enum Share {
+    /// All of it.
+    Whole,
+    /// Nothing: its memory is filled already.
+    Nothing,
+    /// These pages, and all of them as zero: the memory has something else there.
+    Zero(PageSet),
+}
+
+/// The blocks of an image that may be mapped: all that QEMU could map from it.
+///
+/// # Errors
+/// [`Kind::Unsupported`] where none can be: an image on a device, or one whose pages do not lie on whole pages
+/// of the host.
+pub(super) fn candidates(image: &MappedRamFile) -> Result<Vec<ImageBlock>> {
+    let eager = "restore with --mode eager";
+    let found = image.file().metadata().map_err(|error| Error::io("cannot stat the image", error))?;
+    if found.file_type().is_block_device() {
+        let clause = format!("{} is a device, which QEMU does not map", image.path().display());
+        return Err(Error::new(Kind::Unsupported, clause).hint(eager));
+    }
+    let host = rustix::param::page_size() as u64;
+    let blocks = image.layout().blocks.iter().filter(|block| !block.is_ignored());
+    let aligned = |block: &&BlockPlacement| {
+        block.pages.start.is_multiple_of(host) && block.used_length.is_multiple_of(host)
+    };
+    if let Some(block) = blocks.clone().max_by_key(|block| block.used_length).filter(|block| !aligned(block))
+    {
+        let clause = format!(
+            "the pages of `{}` start at {:#x} of the image, which is amid a page of the host",
+            block.name, block.pages.start
+        );
+        return Err(Error::new(Kind::Unsupported, clause).hint(eager));
+    }
+    Ok(blocks
+        .filter(aligned)
+        .map(|block| ImageBlock {
+            name: block.name.as_str().to_owned(),
+            length: block.used_length,
+            offset: block.pages.start,
+        })
+        .collect())
+}
+
+/// A description of the image that says, as long as anybody has it, that guests live from the image.
+///
+/// # Errors
+/// [`Kind::Unsupported`] while the image is being written in place.
+pub(super) fn hold(image: &MappedRamFile, observer: &dyn Observer) -> Result<File> {
+    use std::os::fd::AsRawFd;
+    let cannot = |error| Error::io(format!("cannot open {}", image.path().display()), error);
+    let file = File::open(format!("/proc/self/fd/{}", image.file().as_raw_fd())).map_err(cannot)?;
+    match io::hold(&file) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+            let clause = format!("{} is being written", image.path().display());
+            return Err(Error::new(Kind::Unsupported, clause).hint("wait until it is whole"));
+        }
+        Err(error) => observer.warn(&format!(
+            "the image could not be locked, so nothing keeps it from being overwritten: {error}"
+        )),
+    }
+    Ok(file)
+}
+
+/// What of each block the stream has to carry, found by looking at where the target's memory is.
+///
+/// Of a block that is a mapping of the image these are the pages that the image has as zero and its file does
+/// not: earlier passes of a live save leave such bytes behind, and a loader never looks at them.
+///
+/// # Errors
+/// [`Kind::Unsupported`] where the largest block is not mapped from the image.
+pub(super) fn shares(image: &MappedRamFile, session: &mut Session, pid: Option<u32>) -> Result<Vec<Share>> {
+    let peer = Arc::new(qemu::find_process(session, pid)?);
+    let targets = qemu::host_blocks(&mut session.client)?;
+    let layout = image.layout();
+    let largest = layout.blocks.iter().map(|block| block.used_length).max().unwrap_or(0);
+    let mut shares = Vec::with_capacity(layout.blocks.len());
+    for block in &layout.blocks {
+        let name = block.name.as_str();
+        let address = targets.iter().find(|target| target.name == name).and_then(|target| target.address);
+        let place = address.filter(|address| *address != 0).map(|address| BlockAddress {
+            name: name.to_owned(),
+            address,
+            length: block.used_length,
+            page_size: block.page_size.bytes(),
+        });
+        // One that cannot be looked at is not known to be mapped, and is carried.
+        let ram = place.and_then(|place| GuestRam::attach(peer.clone(), &[place]).ok());
+        let offset = match &ram {
+            Some(ram) => ram
+                .private_offset_in(0, image.file())
+                .map_err(|error| Error::io(format!("cannot look at the target's `{name}`"), error))?,
+            None => None,
+        };
+        let is_mapped = !block.is_ignored() && offset == Some(block.pages.start);
+        if !is_mapped && block.used_length == largest {
+            let clause = format!("target's `{name}` is not mapped from {}", image.path().display());
+            return Err(Error::new(Kind::Unsupported, clause)
+                .hint("let vmstate start the target: it adds what maps it; or restore with --mode eager"));
+        }
+        shares.push(match is_mapped {
+            true => Share::Zero(stale_pages(image, block)?),
+            false => Share::Whole,
+        });
+    }
+    Ok(shares)
+}
+
+/// The pages that the bitmap has as zero and the file does not. The bitmap is right.
+///
+/// Holes of the file are not looked into; on a file system that does not tell them, everything is.
+fn stale_pages(image: &MappedRamFile, block: &BlockPlacement) -> Result<PageSet> {
+    let page = block.page_size.bytes();
+    let mut stale = PageSet::new(block.page_count());
+    let mut extents = FileExtents::new(image.file(), image.layout().file_len);
+    let mut bytes = vec![0; CHUNK];
+    let mut next = 0;
+    let mut failure = None;
+    let mut look = |from: u64, to: u64| -> Result<()> {
+        let (mut at, end) = (block.pages.start + from * page, block.pages.start + to * page);
+        while at < end {
+            let (until, is_data) = extents.at(at);
+            let until = until.min(end);
+            if is_data {
+                // Of an extent that ends amid a page the whole page is looked at.
+                let first = (at - block.pages.start) / page;
+                let len = ((until - block.pages.start).div_ceil(page) - first) * page;
+                let len = len.min(CHUNK as u64 / page * page) as usize;
+                let chunk = &mut bytes[..len];
+                image.read_at(chunk, block.pages.start + first * page)?;
+                for (index, content) in (first..).zip(chunk.chunks(page as usize)) {
+                    if content.iter().any(|byte| *byte != 0) {
+                        stale.insert(PageRange::new(index, index + 1));
+                    }
+                }
+                at = block.pages.start + first * page + len as u64;
+            } else {
+                at = until;
+            }
+        }
+        Ok(())
+    };
+    let pages = block.page_count().0;
+    image.runs(block, |run| {
+        if failure.is_none() {
+            failure = look(next, run.start.0).err();
+        }
+        next = run.end.0;
+    })?;
+    match failure {
+        Some(error) => Err(error),
+        None => look(next, pages),
+    }?;
+    Ok(stale)
+}
