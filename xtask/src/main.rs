@@ -5,6 +5,7 @@
     reason = "a tool for people, with nothing but a console"
 )]
 
+mod callgrind;
 mod golden;
 mod layers;
 mod suites;
@@ -20,6 +21,8 @@ usage: cargo xtask COMMAND
   golden                golden files are those that were made, and it is written how
   golden --regenerate   make them anew with real QEMUs
   golden --seal         record the digests of those that are there
+  callgrind             instructions of what is done most, compared with the table in SPECIFICATION.md
+  callgrind --update    write them into that table
   test                  every test of the workspace; a line with its time for each suite";
 
 /// What a check found: one line for each finding, none if all is well. An error says why it could not look.
@@ -35,6 +38,8 @@ fn main() -> ExitCode {
         ["golden"] => golden::check(&root),
         ["golden", "--regenerate"] => golden::regenerate(&root).and_then(|()| golden::check(&root)),
         ["golden", "--seal"] => golden::seal(&root).and_then(|()| golden::check(&root)),
+        ["callgrind"] => callgrind::check(&root),
+        ["callgrind", "--update"] => callgrind::update(&root),
         ["test"] => suites::run(&root),
         _ => Err(USAGE.to_owned()),
     };

@@ -65,4 +65,5 @@ pub use maps::{Gap, Mapping, Mappings};
 pub use peer::{Holders, Peer, PeerError, find_holders};
 pub use presence::PagemapMethod;
 pub use spawn::{Output, Program};
+pub use windows::Windows;
 pub use zero::{ZeroScan, nonzero_mask};

@@ -8,7 +8,8 @@ use page::{Mask, PageIndex, PageSize, WINDOW_PAGES, Window};
 /// Turns ordered byte runs of a block into the windows that they touch, one at a time.
 ///
 /// The memory it takes does not depend on the block: there is one run and one window in hand.
-pub(crate) struct Windows<R> {
+#[derive(Debug)]
+pub struct Windows<R> {
     runs: R,
     page_size: PageSize,
     pages: u64,
@@ -22,7 +23,7 @@ pub(crate) struct Windows<R> {
 impl<R: Iterator<Item = io::Result<Range<u64>>>> Windows<R> {
     /// The windows of a block of `length` bytes of which `runs` are there. The runs are byte offsets in the
     /// block, in order and apart; what they say beyond the block is left out.
-    pub(crate) fn new(runs: R, page_size: PageSize, length: u64) -> Windows<R> {
+    pub fn new(runs: R, page_size: PageSize, length: u64) -> Windows<R> {
         let pages = page_size.pages_of(length).0;
         Windows { runs, page_size, pages, rest: 0..0, window: None, is_over: false }
     }
