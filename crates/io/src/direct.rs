@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, openat, statx};
@@ -170,6 +171,44 @@ impl ReadPair {
             }
             _ => Ok(ReadPair { buffered, direct, direct_io }),
         }
+    }
+}
+
+impl ReadPair {
+    /// What is open already, read through the page cache.
+    pub fn buffered(file: File) -> ReadPair {
+        ReadPair { buffered: file, direct: None, direct_io: unsupported("switched off") }
+    }
+
+    /// Fills `bytes` from the offset `at` on. What is aligned goes past the page cache, where that is supported; the
+    /// rest does not.
+    ///
+    /// # Errors
+    /// What the system said; `UnexpectedEof` where the file ends before.
+    pub fn read_exact_at(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        let align = self.direct_io.alignment();
+        let mut done = 0;
+        while done < bytes.len() {
+            let (rest, offset) = (&mut bytes[done..], at + done as u64);
+            let read = match &self.direct {
+                Some(direct)
+                    if offset.is_multiple_of(align as u64)
+                        && rest.as_ptr().addr().is_multiple_of(align)
+                        && rest.len() >= align =>
+                {
+                    let whole = rest.len() - rest.len() % align;
+                    direct.read_at(&mut rest[..whole], offset)
+                }
+                _ => self.buffered.read_at(rest, offset),
+            };
+            match read {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => done += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 }
 

@@ -7,6 +7,8 @@
 //!
 //! Law: one lane is one thread with one slab. The caller's thread plans, deals and reads [`Counters`].
 
+mod ahead;
+mod aligned;
 mod cancel;
 mod constant_supply;
 mod counters;
@@ -14,6 +16,7 @@ mod direct;
 mod draft;
 mod file_supply;
 mod hold;
+mod inflow;
 mod lane;
 mod outflow;
 mod owner;
@@ -23,11 +26,14 @@ mod queue;
 mod rate_limit;
 mod residency;
 mod slab;
+mod staging;
 mod stray;
 mod supply;
 mod target;
 mod timed;
 
+pub use ahead::{Filled, ReadAhead};
+pub use aligned::AlignedBuffer;
 pub use cancel::Cancel;
 pub use constant_supply::ConstantSupply;
 pub use counters::{Counters, CountersReading};
@@ -35,6 +41,7 @@ pub use direct::{DirectChoice, DirectIo, ReadPair};
 pub use draft::{Draft, DraftError, DraftOptions, DraftStep, Obstacle};
 pub use file_supply::FileSupply;
 pub use hold::hold;
+pub use inflow::Inflow;
 pub use lane::{LaneError, LaneOptions, LaneSettings, LaneTarget, PositionedWrite, WriteLanes};
 pub use outflow::{Outflow, OutflowError, PageContent, PagesWritten};
 pub use owner::{Owner, OwnerError};
@@ -42,6 +49,7 @@ pub use place::{HEAD_LEN, Place};
 pub use rate_limit::RateLimit;
 pub use residency::cached_bytes;
 pub use slab::{HUGE_PAGE, Slab};
+pub use staging::Staging;
 pub use stray::remove_strays;
 pub use supply::{GRAIN_MAX, GRAIN_MIN, PIECE_GRAINS, Piece, Scratch, Supplied, Supply};
 pub use target::{Target, TargetKind};

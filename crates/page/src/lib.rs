@@ -5,9 +5,11 @@
 
 mod mask;
 mod set;
+mod sparse;
 
 pub use mask::{Mask, MaskRuns};
 pub use set::{PageSet, Runs};
+pub use sparse::SparsePageSet;
 
 use std::fmt;
 
