@@ -136,14 +136,20 @@ pub fn encode_tail(
     description: &VmDescription,
 ) -> Result<Vec<u8>, Fault> {
     let mut out = Vec::with_capacity(sections.early.len() + sections.devices.len() + 64);
-    Encoder::new(&mut out).be64(RAM_SAVE_FLAG_EOS);
-    Item::Footer { section_id }.encode(&mut out);
-    out.extend_from_slice(sections.early);
-    Item::End { section_id }.encode(&mut out);
-    Encoder::new(&mut out).be64(RAM_SAVE_FLAG_EOS);
-    Item::Footer { section_id }.encode(&mut out);
+    encode_ram_end(section_id, sections.early, &mut out);
     out.extend_from_slice(sections.devices);
     out.push(QEMU_VM_EOF);
     description.encode(&mut out)?;
     Ok(out)
+}
+
+/// Appends what ends RAM: the end of the section that is open, the START of a mapped-ram image or a PART of a stream,
+/// then, in a mapped-ram image, the early sections, and an END without pages. Device state follows.
+pub fn encode_ram_end(section_id: u32, early: &[u8], out: &mut Vec<u8>) {
+    Encoder::new(out).be64(RAM_SAVE_FLAG_EOS);
+    Item::Footer { section_id }.encode(out);
+    out.extend_from_slice(early);
+    Item::End { section_id }.encode(out);
+    Encoder::new(out).be64(RAM_SAVE_FLAG_EOS);
+    Item::Footer { section_id }.encode(out);
 }

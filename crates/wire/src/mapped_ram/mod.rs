@@ -15,6 +15,6 @@ pub mod survey;
 
 pub use bitmap::{BitmapScanner, decode_bitmap, encode_bitmap};
 pub use decode::{LayoutDecoder, Step};
-pub use encode::{ImagePlan, PlannedBlock, Sections, encode_tail};
+pub use encode::{ImagePlan, PlannedBlock, Sections, encode_ram_end, encode_tail};
 pub use format::Header;
 pub use layout::{BlockPlacement, Layout};
