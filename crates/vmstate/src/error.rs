@@ -70,6 +70,22 @@ impl Error {
         if full { error.hint(FULL_HINT) } else { error }
     }
 
+    /// The error of ours that was put into one of the system's on its way through a reader or writer; the system's
+    /// own as it is.
+    pub(crate) fn from_within(error: std::io::Error) -> std::result::Result<Error, std::io::Error> {
+        if error.get_ref().is_some_and(|inner| inner.is::<Error>()) {
+            match error.into_inner().map(|inner| inner.downcast::<Error>()) {
+                Some(Ok(ours)) => return Ok(*ours),
+                Some(Err(other)) => return Err(std::io::Error::other(other)),
+                None => return Err(std::io::ErrorKind::Other.into()),
+            }
+        }
+        match error.get_ref().and_then(|inner| inner.downcast_ref::<io::LaneError>()) {
+            Some(lanes) => Ok(Error::from(lanes.clone())),
+            None => Err(error),
+        }
+    }
+
     /// QEMU's refusal of a command, in its own words; it goes on all the same.
     pub(crate) fn refusal(clause: impl Into<String>) -> Error {
         let mut error = Error::new(Kind::Peer, clause);

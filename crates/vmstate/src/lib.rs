@@ -27,7 +27,8 @@ pub mod source;
 pub use error::{Error, Kind, Result};
 pub use io::{Cancel, Owner};
 pub use job::{
-    DirectIo, Estimate, Mode, Observer, Pace, Phases, Progress, ProgressReading, Record, Rehearsal,
-    RestoreReport, RestoreSettings, ResumeReport, ResumeSettings, SaveFormat, SaveReport, SaveSettings,
-    Target, Then, Unobserved, Via, check, check_at, info, info_at, rehearse, restore, resume, save,
+    ConvertReport, ConvertSettings, DirectIo, Estimate, Mode, Observer, Pace, Phases, Progress,
+    ProgressReading, Record, Rehearsal, RestoreReport, RestoreSettings, ResumeReport, ResumeSettings,
+    SaveFormat, SaveReport, SaveSettings, Target, Then, Unobserved, Via, check, check_at, convert, info,
+    info_at, rehearse, restore, resume, save,
 };

@@ -1,6 +1,7 @@
 //! The jobs: each is a composition of sources and sinks, run by [`save()`], [`restore()`] and so on.
 
 pub mod ceiling;
+mod convert;
 mod inspect;
 mod progress;
 mod restore;
@@ -9,6 +10,7 @@ mod save;
 
 use std::time::{Duration, Instant};
 
+pub use convert::{ConvertReport, ConvertSettings, convert};
 pub use inspect::{BlockSummary, Check, ImageInfo, SectionSummary, check, check_at, info, info_at};
 /// What the fields of device state are.
 pub use wire::qemu::fields;
@@ -53,6 +55,16 @@ pub enum DirectIo {
     On,
     /// Never.
     Off,
+}
+
+impl From<DirectIo> for io::DirectChoice {
+    fn from(choice: DirectIo) -> io::DirectChoice {
+        match choice {
+            DirectIo::Auto => io::DirectChoice::Auto,
+            DirectIo::On => io::DirectChoice::On,
+            DirectIo::Off => io::DirectChoice::Off,
+        }
+    }
 }
 
 /// Who is told how a job goes. The library prints nothing.

@@ -1,8 +1,16 @@
 //! Where guests go: images of every format, planned before a byte is written.
 
+mod create;
 mod devices;
+mod flow;
 mod mapped_ram;
+mod mapped_ram_image;
 mod stream;
+mod stream_image;
 
+pub use create::create_sink;
+pub use flow::{ByteSink, Means, Sink, byte_sink};
 pub use mapped_ram::{MappedRamComposition, bitmap_pieces};
+pub use mapped_ram_image::MappedRamSink;
 pub use stream::{PagesSent, StreamComposition};
+pub use stream_image::StreamSink;

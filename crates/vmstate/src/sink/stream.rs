@@ -20,7 +20,7 @@ use crate::qemu::Probe;
 use crate::{Error, Kind, Result};
 
 /// Blocks up to this length, in bytes, have their absent pages sent as zero.
-const ZEROED_LEN_MAX: u64 = 16 << 20;
+pub(super) const ZEROED_LEN_MAX: u64 = 16 << 20;
 
 /// A stream whose every byte but the pages is known.
 #[derive(Debug)]
@@ -138,7 +138,7 @@ impl StreamComposition {
     }
 }
 
-fn stopped(error: OutflowError) -> Error {
+pub(super) fn stopped(error: OutflowError) -> Error {
     match error {
         OutflowError::Cancelled => Error::interrupted(),
         OutflowError::Closed { .. } => Error::new(Kind::Io, error.to_string())

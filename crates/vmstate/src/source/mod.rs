@@ -2,17 +2,27 @@
 
 mod bounds;
 mod extents;
+mod flow;
 mod format;
 mod image;
 mod mapped_ram;
+mod mapped_ram_pages;
+mod open;
 mod stream;
 mod stream_file;
+mod stream_pages;
 
 pub use bounds::{Bounds, open_image};
 pub use extents::FileExtents;
 pub(crate) use extents::unreadable;
+pub use flow::{
+    FlowingPage, FlowingPages, GuestShape, Input, InputBytes, KnownWindow, Pages, PlacedPages, Source, Tail,
+};
 pub use format::Format;
 pub use image::Image;
 pub use mapped_ram::{BlockUse, MappedRamFile, Use};
+pub use mapped_ram_pages::MappedRamSource;
+pub use open::open_source;
 pub use stream::{StreamBlock, StreamContents, scan_stream};
 pub use stream_file::StreamFile;
+pub use stream_pages::StreamSource;

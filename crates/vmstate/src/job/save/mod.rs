@@ -3,6 +3,7 @@
 mod direct;
 mod rehearsal;
 mod room;
+pub(super) use self::room::why_not_direct as why_not_direct_at;
 mod via_qemu;
 mod writing;
 

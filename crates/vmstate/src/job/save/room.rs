@@ -140,7 +140,7 @@ fn is_worth_measuring(choice: DirectIo, format: SaveFormat, bytes: u64) -> bool 
 }
 
 /// Why direct I/O is left at these rates, if it is.
-fn why_not_direct(rates: Rates) -> Option<String> {
+pub(in crate::job) fn why_not_direct(rates: Rates) -> Option<String> {
     let mb = |bytes: u64| bytes as f64 / 1e6;
     rates.is_trap().then(|| {
         format!(

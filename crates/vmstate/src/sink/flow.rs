@@ -1,0 +1,177 @@
+//! What every format takes of a guest, to write it: its shape and pages, then its device state.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use io::{Cancel, Counters, LaneSettings, Outflow, PIECE_GRAINS, Piece, Staging, Target, WriteLanes};
+
+use crate::source::{GuestShape, Pages, Tail};
+use crate::{Error, Result};
+
+/// With what an image is written.
+#[derive(Clone, Debug)]
+pub struct Means {
+    /// How many lanes write and how many threads read.
+    pub channels: u16,
+    /// What is counted as it is done.
+    pub counters: Arc<Counters>,
+    /// Whether what goes to the standard output is made durable, where that is a file. A target that gets its name
+    /// or head last is synced then.
+    pub sync: bool,
+    /// The switch that stops everything.
+    pub cancel: Cancel,
+}
+
+/// An image in the making. The calls come in this order, each of them once; after an error nothing but dropping it
+/// is right. Nothing that it writes passes for an image before [`complete`](Sink::complete) has succeeded.
+pub trait Sink {
+    /// How many bytes the image takes beside its pages, at the most.
+    fn metadata_bytes(&self, shape: &GuestShape) -> u64;
+
+    /// Writes what stands before the pages, and the pages.
+    ///
+    /// # Errors
+    /// Those of the pages; [`Kind::Unsupported`](crate::Kind::Unsupported) for a guest that the format has no way to
+    /// keep; [`Kind::Io`](crate::Kind::Io), [`Kind::Interrupted`](crate::Kind::Interrupted).
+    fn write_pages(&mut self, shape: &GuestShape, pages: Pages<'_>) -> Result<()>;
+
+    /// Writes everything else.
+    ///
+    /// # Errors
+    /// As [`Sink::write_pages`].
+    fn complete(&mut self, tail: &Tail) -> Result<()>;
+}
+
+/// Bytes that follow each other into a file, a pipe, or whatever compresses them first. Errors of ours may be put
+/// into those of the system, see [`std::io::Error::other`].
+pub trait ByteSink: Write {
+    /// Writes what waits. Nothing is written any more.
+    ///
+    /// # Errors
+    /// [`Kind::Io`](crate::Kind::Io), [`Kind::Interrupted`](crate::Kind::Interrupted).
+    fn finish(&mut self) -> Result<()>;
+}
+
+/// The bytes of a target, from its start on: into a file by lanes, past the page cache where that can be; into a
+/// pipe by one thread.
+///
+/// # Errors
+/// When no descriptor or no thread is left.
+pub fn byte_sink(target: &Target, means: &Means) -> Result<Box<dyn ByteSink>> {
+    match target.is_sequential() {
+        true => Ok(Box::new(Piped { out: Some(target.outflow(&means.cancel)?), sync: means.sync })),
+        false => Ok(Box::new(LaneBytes::start(target, means)?)),
+    }
+}
+
+/// What a write failed with; whoever writes may have put an error of ours into one of the system's.
+pub(crate) fn write_failed(error: std::io::Error) -> Error {
+    Error::from_within(error).unwrap_or_else(|error| Error::io("cannot write the image", error))
+}
+
+/// A pipe, or the standard output.
+struct Piped {
+    /// `None` once it is finished.
+    out: Option<Outflow>,
+    sync: bool,
+}
+
+impl Write for Piped {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let Some(out) = &mut self.out else { return Err(std::io::ErrorKind::BrokenPipe.into()) };
+        let written = out.write(bytes).map_err(super::stream::stopped);
+        written.map(|()| bytes.len()).map_err(std::io::Error::other)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        let Some(out) = &mut self.out else { return Ok(()) };
+        out.flush().map_err(super::stream::stopped).map_err(std::io::Error::other)
+    }
+}
+
+impl ByteSink for Piped {
+    fn finish(&mut self) -> Result<()> {
+        match self.out.take() {
+            Some(out) => out.finish(self.sync).map_err(super::stream::stopped),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The grain of what is written front to back: a multiple of any alignment that lanes accept does not matter here,
+/// since every piece but the last is whole.
+const GRAIN: u32 = 4096;
+/// How many bytes go to a lane at once.
+const PIECE: usize = (PIECE_GRAINS * GRAIN) as usize;
+
+/// A file that is written front to back by lanes: what is gathered goes to them a MiB at a time.
+struct LaneBytes {
+    /// `None` once it is finished.
+    lanes: Option<WriteLanes>,
+    staging: Arc<Staging>,
+    gathered: Vec<u8>,
+    at: u64,
+}
+
+impl LaneBytes {
+    fn start(target: &Target, means: &Means) -> Result<LaneBytes> {
+        let staging = Arc::new(Staging::default());
+        let settings =
+            LaneSettings { lanes: usize::from(means.channels), align: target.direct_io().alignment() };
+        // What these lanes write is the file's bytes and not the guest's: they are not what is counted.
+        let counters = Arc::new(Counters::default());
+        let lanes = WriteLanes::start(
+            target.lane_target()?,
+            staging.clone(),
+            settings,
+            counters,
+            means.cancel.clone(),
+        )?;
+        Ok(LaneBytes { lanes: Some(lanes), staging, gathered: Vec::with_capacity(PIECE), at: target.start() })
+    }
+
+    fn deal(&mut self) -> Result<()> {
+        let Some(lanes) = &self.lanes else { return Ok(()) };
+        if self.gathered.is_empty() {
+            return Ok(());
+        }
+        let mut next = self.staging.buffer();
+        next.clear();
+        next.reserve(PIECE);
+        let bytes = std::mem::replace(&mut self.gathered, next);
+        let len = bytes.len() as u32;
+        let mask = page::Mask::range(0, len.div_ceil(GRAIN) as usize).0;
+        let target = self.at;
+        self.at += u64::from(len);
+        let region = self.staging.hand(bytes);
+        Ok(lanes.deal(Piece { region, offset: 0, target, grain: GRAIN, len, mask })?)
+    }
+}
+
+impl Write for LaneBytes {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        // Pieces end at multiples of their length, so that every one but the first and last is aligned.
+        let room = PIECE - (self.at as usize % PIECE) - self.gathered.len();
+        let (now, _) = bytes.split_at(bytes.len().min(room));
+        self.gathered.extend_from_slice(now);
+        if now.len() == room {
+            self.deal().map_err(std::io::Error::other)?;
+        }
+        Ok(now.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl ByteSink for LaneBytes {
+    fn finish(&mut self) -> Result<()> {
+        let dealt = self.deal();
+        // A lane that failed is the reason why dealing failed, so its error is the one to tell.
+        if let Some(lanes) = self.lanes.take() {
+            lanes.finish()?;
+        }
+        dealt
+    }
+}

@@ -1,0 +1,237 @@
+//! A stream as a source: read once from front to back, out of a file, a pipe, or whatever decompresses it.
+
+use std::io::{BufRead, Read};
+use std::path::{Path, PathBuf};
+
+use page::PageSize;
+use wire::qemu::format::VMDESCRIPTION_HEADER_LEN;
+use wire::qemu::{DeviceSection, Event, StreamScanner, check_early, vmdesc};
+use wire::{Fault, FileRange};
+
+use super::Format;
+use super::extents::TAIL_LEN_MAX;
+use super::flow::{FlowingPage, FlowingPages, GuestShape, Pages, Source, Tail};
+use super::mapped_ram::faulty;
+use crate::{Error, Kind, Result};
+
+/// A stream whose block list was read.
+pub struct StreamSource {
+    path: PathBuf,
+    from: Box<dyn BufRead + Send>,
+    scanner: StreamScanner,
+    shape: GuestShape,
+    /// The early sections that were found: the description at the end has to confirm their lengths.
+    early: Vec<DeviceSection>,
+    /// What is known of the length of all pages before they come.
+    data_bytes_max: Option<u64>,
+    /// Where the device state begins, once RAM has ended.
+    tail_at: Option<u64>,
+}
+
+/// What a step of the stream says to whoever reads it.
+enum Said {
+    Head(wire::qemu::Preamble),
+    Ram(wire::qemu::SectionHeader),
+    Blocks(Vec<wire::qemu::BlockEntry>),
+    Early(DeviceSection),
+    Pages,
+    DeviceState(u64),
+    Other,
+    End,
+}
+
+impl StreamSource {
+    /// Reads the stream up to its first page. The offset `start`, at which its first byte stands in its file, and
+    /// `path` are for messages; `len` is how many bytes there are, where that is known.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] and [`Kind::Unsupported`] at the first fault, with file, offset and field; [`Kind::Io`],
+    /// [`Kind::Interrupted`].
+    pub fn open(
+        from: Box<dyn BufRead + Send>,
+        path: &Path,
+        start: u64,
+        len: Option<u64>,
+    ) -> Result<StreamSource> {
+        let mut source = StreamSource {
+            path: path.to_owned(),
+            from,
+            scanner: StreamScanner::new(start, PageSize::X86),
+            shape: GuestShape {
+                configuration: None,
+                ram: wire::qemu::SectionHeader::ram(0),
+                early: Vec::new(),
+                blocks: Vec::new(),
+                page_size: PageSize::X86,
+            },
+            early: Vec::new(),
+            data_bytes_max: None,
+            tail_at: None,
+        };
+        // Everything before the pages: early sections are told by their offsets alone.
+        let mut head = Vec::new();
+        loop {
+            match source.step(Some(&mut head), &mut |_| Ok(()))? {
+                Said::Head(preamble) => {
+                    if let Some(size) = preamble.configuration.as_ref().and_then(|c| c.page_size()) {
+                        source.shape.page_size = size;
+                    }
+                    source.shape.configuration = preamble.configuration;
+                }
+                Said::Ram(header) => source.shape.ram = header,
+                Said::Blocks(blocks) => source.shape.blocks = blocks,
+                Said::Early(section) => {
+                    let at =
+                        |offset: u64| usize::try_from(offset.saturating_sub(start)).unwrap_or(usize::MAX);
+                    let bytes = head.get(at(section.header_at)..at(section.end)).unwrap_or_default();
+                    source.shape.early.extend_from_slice(bytes);
+                    source.early.push(section);
+                }
+                Said::Pages => break,
+                Said::Other => {}
+                // The scanner calls both of them faults before there are pages.
+                Said::DeviceState(_) | Said::End => return Err(source.ended()),
+            }
+        }
+        source.shape = source.shape.clone().checked(path)?;
+        // Every page of data has a word before it.
+        let page = source.shape.page_size.bytes();
+        source.data_bytes_max = len.map(|len| len / (page + 8) * page);
+        Ok(source)
+    }
+
+    /// Takes what the stream says next, and appends the bytes that it took to `head`, if that is wanted.
+    fn step(
+        &mut self,
+        head: Option<&mut Vec<u8>>,
+        on_page: &mut dyn FnMut(FlowingPage<'_>) -> Result<()>,
+    ) -> Result<Said> {
+        let path = &self.path;
+        let window = self.from.fill_buf().map_err(|error| read_failed(path, error))?;
+        if window.is_empty() {
+            return Ok(Said::End);
+        }
+        let at = self.scanner.position();
+        let step = self.scanner.step(window).map_err(|fault| faulty(path, fault))?;
+        let consumed = step.consumed;
+        if let Some(head) = head {
+            head.extend_from_slice(&window[..consumed]);
+        }
+        let said = match step.event {
+            Some(Event::Page { block, offset, data, .. }) => {
+                on_page(FlowingPage { block, offset, data: Some(data) })?;
+                Said::Other
+            }
+            Some(Event::Zero { block, offset }) => {
+                on_page(FlowingPage { block, offset, data: None })?;
+                Said::Other
+            }
+            Some(Event::Preamble(preamble)) => Said::Head(preamble),
+            Some(Event::Section(header)) => Said::Ram(header),
+            Some(Event::Blocks(setup)) => {
+                if setup.multifd_flush {
+                    return Err(multifd(path, at));
+                }
+                Said::Blocks(setup.blocks)
+            }
+            Some(Event::Flush) => return Err(multifd(path, at)),
+            Some(Event::DeviceState { at, .. }) => Said::DeviceState(at),
+            Some(Event::Early(section)) => Said::Early(section),
+            Some(Event::Part { .. } | Event::End { .. }) => Said::Pages,
+            Some(Event::Command(_) | Event::Eos | Event::Footer { .. }) | None => Said::Other,
+        };
+        self.from.consume(consumed);
+        Ok(said)
+    }
+
+    /// The fault of a stream that ends where it may not.
+    fn ended(&self) -> Error {
+        match self.scanner.finish() {
+            Err(fault) => faulty(&self.path, fault),
+            Ok(()) => {
+                Error::new(Kind::Damaged, format!("{}: the stream has no device state", self.path.display()))
+            }
+        }
+    }
+}
+
+/// What a read of a stream failed with; whoever reads may have put an error of ours into one of the system's.
+fn read_failed(path: &Path, error: std::io::Error) -> Error {
+    match Error::from_within(error) {
+        Ok(ours) => ours,
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            Error::new(Kind::Damaged, format!("{} became shorter while it was read", path.display()))
+        }
+        Err(error) => Error::io(format!("cannot read {}", path.display()), error),
+    }
+}
+
+fn multifd(path: &Path, at: u64) -> Error {
+    let problem = "the channels of multifd synchronise here: the pages are in those, not in this stream";
+    faulty(path, Fault::unsupported(at, "RAM section", problem))
+        .hint("save again without multifd, or with mapped-ram")
+}
+
+impl FlowingPages for StreamSource {
+    fn for_each(&mut self, on_page: &mut dyn FnMut(FlowingPage<'_>) -> Result<()>) -> Result<()> {
+        loop {
+            match self.step(None, on_page)? {
+                Said::DeviceState(at) => {
+                    self.tail_at = Some(at);
+                    return Ok(());
+                }
+                Said::End => return Err(self.ended()),
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Source for StreamSource {
+    fn format(&self) -> Format {
+        Format::Stream
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn shape(&self) -> &GuestShape {
+        &self.shape
+    }
+
+    fn data_bytes_max(&self) -> Result<Option<u64>> {
+        Ok(self.data_bytes_max)
+    }
+
+    fn pages(&mut self) -> Result<Pages<'_>> {
+        Ok(Pages::Flowing(self))
+    }
+
+    fn tail(&mut self) -> Result<Tail> {
+        let Some(at) = self.tail_at else {
+            return Err(Error::new(Kind::Misuse, "the tail of a stream comes behind its pages"));
+        };
+        let mut bytes = self.scanner.leftover().to_vec();
+        let path = &self.path;
+        let limit = TAIL_LEN_MAX - bytes.len() as u64;
+        (&mut self.from).take(limit + 1).read_to_end(&mut bytes).map_err(|error| read_failed(path, error))?;
+        let range = FileRange { start: at, end: at.saturating_add(bytes.len() as u64) };
+        if range.len() > TAIL_LEN_MAX {
+            let problem = format!("more than {TAIL_LEN_MAX:#x} bytes");
+            return Err(faulty(path, Fault::unsupported(at, "device state", problem)));
+        }
+        let tail = Tail { bytes, at };
+        let devices = tail.devices(path)?;
+        let description = match devices.vmdesc.filter(|_| !self.early.is_empty()) {
+            Some(range) => {
+                let json = tail.part(range).get(VMDESCRIPTION_HEADER_LEN..).unwrap_or_default();
+                let at = range.start + VMDESCRIPTION_HEADER_LEN as u64;
+                Some(vmdesc::parse(json, at).map_err(|fault| faulty(path, fault))?)
+            }
+            None => None,
+        };
+        check_early(&self.early, description.as_ref()).map_err(|fault| faulty(path, fault))?;
+        Ok(tail)
+    }
+}

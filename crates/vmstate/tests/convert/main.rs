@@ -1,0 +1,206 @@
+//! Images become others of every format and say the same: guests out of nothing, there and back.
+
+mod images;
+mod refused;
+
+use std::path::{Path, PathBuf};
+
+use images::{Content, Guest, Page, read_mapped_ram, read_stream};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use vmstate::source::Format;
+use vmstate::{Cancel, ConvertReport, ConvertSettings, DirectIo, Unobserved};
+
+/// A directory on a disk: a temporary file system has no direct I/O.
+pub fn directory() -> tempfile::TempDir {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    std::fs::create_dir_all(target).unwrap();
+    tempfile::tempdir_in(target).unwrap()
+}
+
+/// Converts, watched by nobody.
+pub fn run(settings: &ConvertSettings) -> vmstate::Result<ConvertReport> {
+    vmstate::convert(settings, &Cancel::new().unwrap(), &Unobserved)
+}
+
+/// Settings that do not wait for the disk: nothing here outlives the test.
+pub fn settings(from: &Path, to: &Path, format: Format) -> ConvertSettings {
+    ConvertSettings { sync: false, ..ConvertSettings::new(from, to, format) }
+}
+
+fn convert(from: &Path, to: &Path, format: Format) -> ConvertReport {
+    run(&settings(from, to, format)).unwrap_or_else(|error| panic!("{}", error.chain()))
+}
+
+fn read(path: &Path, format: Format) -> Content {
+    match format {
+        Format::MappedRam => read_mapped_ram(path, 0),
+        Format::Stream => read_stream(path),
+    }
+}
+
+/// Runs of pages that are alike, as memory has them.
+fn pages() -> impl Strategy<Value = Vec<Page>> {
+    let kind = prop_oneof![
+        3 => Just(Page::Absent),
+        1 => Just(Page::Zero),
+        1 => Just(Page::Blank),
+        4 => any::<u8>().prop_map(Page::Data),
+    ];
+    let runs = vec((kind, prop_oneof![1..4usize, 1..300usize, Just(256)]), 1..8);
+    runs.prop_map(|runs| {
+        runs.into_iter().flat_map(|(page, count)| std::iter::repeat_n(page, count)).collect()
+    })
+}
+
+fn guest() -> impl Strategy<Value = Guest> {
+    // The last block is one of those too large to have their absent pages sent.
+    let large = prop_oneof![4 => Just(0), 1 => Just(5000usize)];
+    (vec(pages(), 1..5), large).prop_map(|(mut blocks, absent)| {
+        if let Some(last) = blocks.last_mut() {
+            last.splice(0..0, std::iter::repeat_n(Page::Absent, absent));
+        }
+        let named = blocks.into_iter().enumerate().map(|(i, pages)| (format!("block.{i}"), pages));
+        Guest { blocks: named.collect() }
+    })
+}
+
+/// What was sent of pages before they were sent again, as a live save does it.
+fn earlier() -> impl Strategy<Value = Vec<(u16, u16, Page)>> {
+    let page = prop_oneof![Just(Page::Zero), any::<u8>().prop_map(Page::Data)];
+    vec((any::<u16>(), any::<u16>(), page), 0..200)
+}
+
+/// How many guests there are: each is converted eight times, and back.
+fn cases() -> u32 {
+    if std::env::var_os("VMSTATE_TEST_FULL").is_some() { 256 } else { 16 }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases()) })]
+
+    #[test]
+    fn there_and_back_is_the_same_content(
+        guest in guest(),
+        earlier in earlier(),
+        channels in 1..4u16,
+        direct in prop_oneof![Just(DirectIo::Auto), Just(DirectIo::Off)],
+    ) {
+        let directory = directory();
+        let at = |name: &str| -> PathBuf { directory.path().join(name) };
+        let before: Vec<_> = earlier.iter().map(|(block, page, was)| {
+            let block = usize::from(*block) % guest.blocks.len();
+            (block, usize::from(*page) % guest.blocks[block].1.len(), *was)
+        }).collect();
+        guest.write_mapped_ram(&at("mapped"), 0);
+        guest.write_stream(&at("stream"), &before);
+        let expected = Content::of(&guest);
+        prop_assert_eq!(&read_mapped_ram(&at("mapped"), 0), &expected, "the generator");
+        prop_assert_eq!(&read_stream(&at("stream")), &expected, "the generator");
+        for source in ["mapped", "stream"] {
+            for there in Format::ALL {
+                for back in Format::ALL {
+                    let (one, other) = (at("one"), at("other"));
+                    let with = |from: &Path, to: &Path, format| ConvertSettings {
+                        channels: Some(channels),
+                        direct_io: direct,
+                        overwrite: true,
+                        ..settings(from, to, format)
+                    };
+                    run(&with(&at(source), &one, there)).unwrap();
+                    prop_assert_eq!(&read(&one, there), &expected, "{} to {:?}", source, there);
+                    run(&with(&one, &other, back)).unwrap();
+                    prop_assert_eq!(&read(&other, back), &expected, "{} to {:?} to {:?}", source, there, back);
+                }
+            }
+        }
+    }
+}
+
+fn sparse_guest() -> Guest {
+    let mut large = vec![Page::Absent; 20_000];
+    large[3] = Page::Data(1);
+    large[4] = Page::Zero;
+    large[5] = Page::Blank;
+    large[19_999] = Page::Data(2);
+    let small = vec![Page::Zero, Page::Data(3), Page::Absent];
+    Guest { blocks: vec![("large".into(), large), ("small".into(), small)] }
+}
+
+#[test]
+fn holes_stay_holes() {
+    use std::os::unix::fs::MetadataExt;
+    let directory = directory();
+    let at = |name: &str| -> PathBuf { directory.path().join(name) };
+    let guest = sparse_guest();
+    guest.write_mapped_ram(&at("mapped"), 0);
+    guest.write_stream(&at("stream"), &[]);
+    for (from, to, marks) in [
+        // A mark over a hole is kept. What a stream sends as zero is marked in a small block only.
+        ("mapped", Format::MappedRam, [vec![3, 4, 5, 19_999], vec![0, 1]]),
+        ("stream", Format::MappedRam, [vec![3, 19_999], vec![0, 1]]),
+    ] {
+        convert(&at(from), &at(&format!("from-{from}")), to);
+        let image = at(&format!("from-{from}"));
+        assert_eq!(images::marked(&image, 0), marks[0], "{from}");
+        assert_eq!(images::marked(&image, 1), marks[1], "{from}");
+        let on_disk = std::fs::metadata(&image).unwrap().blocks() * 512;
+        // Four pages at the most, and what holds headers, bitmaps and device state.
+        assert!(on_disk <= 128 << 10, "{from}: {on_disk} bytes on the disk");
+    }
+    let report = convert(&at("mapped"), &at("as-stream"), Format::Stream);
+    assert_eq!(report.data_bytes, 4 * images::PAGE as u64, "a blank page is read to be known");
+    assert_eq!(report.zero_bytes, 2 * images::PAGE as u64);
+    assert!(std::fs::metadata(at("as-stream")).unwrap().len() < 64 << 10);
+}
+
+#[test]
+fn an_image_moves_inside_its_file_and_its_offsets_with_it() {
+    let directory = directory();
+    let at = |name: &str| -> PathBuf { directory.path().join(name) };
+    let guest = sparse_guest();
+    let expected = Content::of(&guest);
+    for (from, to) in [(0, 4096), (4096, 0), (0x12345, 1 << 20), (1 << 20, 512)] {
+        let (image, moved) = (at("image"), at("moved"));
+        guest.write_mapped_ram(&image, from);
+        std::fs::write(&moved, vec![7; to as usize]).unwrap();
+        let settings = ConvertSettings {
+            from_offset: from,
+            to_offset: Some(to),
+            ..settings(&image, &moved, Format::MappedRam)
+        };
+        let report = run(&settings).unwrap_or_else(|error| panic!("{}", error.chain()));
+        assert_eq!(report.from_format, Format::MappedRam);
+        assert_eq!(read_mapped_ram(&moved, to), expected, "{from:#x} to {to:#x}");
+        assert!(std::fs::read(&moved).unwrap()[..to as usize].iter().all(|byte| *byte == 7));
+        std::fs::remove_file(&moved).unwrap();
+    }
+}
+
+#[test]
+fn a_file_may_be_replaced_by_its_own_conversion() {
+    let directory = directory();
+    let image = directory.path().join("image");
+    let guest = sparse_guest();
+    guest.write_mapped_ram(&image, 0);
+    for format in [Format::Stream, Format::MappedRam] {
+        run(&ConvertSettings { overwrite: true, ..settings(&image, &image, format) }).unwrap();
+        assert_eq!(read(&image, format), Content::of(&guest));
+    }
+}
+
+#[test]
+fn streams_go_through_pipes() {
+    let directory = directory();
+    let at = |name: &str| -> PathBuf { directory.path().join(name) };
+    let guest = sparse_guest();
+    guest.write_mapped_ram(&at("mapped"), 0);
+    rustix::fs::mknodat(rustix::fs::CWD, at("fifo"), rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
+        .unwrap();
+    let (from, fifo) = (at("mapped"), at("fifo"));
+    let writer = std::thread::spawn(move || convert(&from, &fifo, Format::Stream));
+    let report = convert(&at("fifo"), &at("again"), Format::MappedRam);
+    assert_eq!(writer.join().unwrap().to_format, Format::Stream);
+    assert_eq!(report.from_format, Format::Stream);
+    assert_eq!(read_mapped_ram(&at("again"), 0), Content::of(&guest));
+}
