@@ -19,8 +19,9 @@ const HEADING: &str = "## Instruction counts";
 const CIRCUMSTANCES: &str = "Counted with ";
 /// Callgrind's name for the function that it counts in, whatever it is generic over.
 const MEASURED: &str = "*::measured*";
-/// More than this part above or below what is written down is a finding. Less is a jump as well: the table is old.
-const JUMP_MAX: f64 = 0.10;
+/// More than one in so many above or below what is written down is a finding. Less is a jump as well: the table is
+/// old.
+const JUMP_PART: u64 = 10;
 
 /// Counts everything and finds what has jumped, what has no row, and rows of what is no more.
 pub fn check(root: &Path) -> Findings {
@@ -134,7 +135,7 @@ impl Table {
         for (name, now) in counted {
             let Some(before) = self.count(name) else { continue };
             let change = *now as f64 / before as f64 - 1.0;
-            if change.abs() > JUMP_MAX {
+            if now.abs_diff(before) > before / JUMP_PART {
                 found.push(format!(
                     "{name}: {} instructions, {:+.0} % of the {} in {DOCUMENT}; if that is meant, run \
                      `cargo xtask callgrind --update`",
@@ -192,7 +193,7 @@ fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             text.push(',');
         }
         text.push(digit);

@@ -4,8 +4,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
-use vmstate::Owner;
 use vmstate::net::QmpAddress;
+use vmstate::{Owner, Rate};
 
 /// Saves, restores and inspects the state of virtual machines, in the formats that QEMU reads and writes.
 #[derive(Debug, Parser)]
@@ -83,6 +83,10 @@ pub struct Save {
     #[command(flatten)]
     pub direct_io: DirectIoArgs,
 
+    /// How many bytes of pages a second are moved at the most (500M, 1.5G, 100MiB, 100MB) [default: no limit]
+    #[arg(long, value_name = "RATE")]
+    pub max_bandwidth: Option<Rate>,
+
     /// What becomes of the guest after a save that succeeded
     #[arg(long, value_enum, default_value_t = ThenArg::Pause)]
     pub then: ThenArg,
@@ -155,6 +159,10 @@ pub struct Restore {
 
     #[command(flatten)]
     pub direct_io: DirectIoArgs,
+
+    /// How many bytes of pages a second are moved at the most (500M, 1.5G, 100MiB, 100MB) [default: no limit]
+    #[arg(long, value_name = "RATE")]
+    pub max_bandwidth: Option<Rate>,
 
     #[command(flatten)]
     pub record: RecordArgs,

@@ -6,8 +6,7 @@ use std::time::Duration;
 use vmstate::net::QmpAddress;
 use vmstate::source::MappedRamFile;
 use vmstate::{
-    Cancel, DirectIo, Error, Kind, Record, RestoreSettings, Result, SaveReport, SaveSettings, Target, Then,
-    Unobserved, Via,
+    Cancel, Error, Kind, RestoreSettings, Result, SaveReport, SaveSettings, Target, Then, Unobserved, Via,
 };
 
 use crate::{Guest, GuestSettings, MachineKind, MemoryBackend, Qemu, QemuSpec, Serial};
@@ -187,14 +186,7 @@ fn restore(
     let mut serial = Serial::open(&home.join("serial.log"), &home.join("stderr.log")).map_err(lab)?;
     let settings = RestoreSettings {
         mode: vmstate::Mode::Eager,
-        image: image.to_owned(),
-        offset: 0,
-        target: Target::Launch { command, log: None, foreground: false },
-        channels: None,
-        direct_io: DirectIo::Auto,
-        record: Record::AsItWas,
-        force: false,
-        via: vmstate::Via::Auto,
+        ..RestoreSettings::new(image, Target::Launch { command, log: None, foreground: false })
     };
     let report = vmstate::restore(&settings, cancel, &Unobserved)?;
     let reached = serial.wait_for_round(round + 2, None, DEADLINE).map_err(lab);

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use lab::{Count, Incoming, LinuxGuest, LinuxSettings, MachineKind, MemoryBackend, Qemu, QemuSpec};
 use vmstate::net::QmpAddress;
-use vmstate::{Cancel, DirectIo, Record, RestoreSettings, SaveSettings, Target, Then, Unobserved, Via};
+use vmstate::{Cancel, Record, RestoreSettings, SaveSettings, Target, Then, Unobserved, Via};
 use vmstate_rig::{DEADLINE, StockLoad, client, stock_load, stock_save};
 
 /// Every device that the issue of ordinary guests is about.
@@ -64,15 +64,9 @@ fn check(machine: MachineKind, backend: MemoryBackend) {
 
     let mut third = QemuSpec { incoming: Incoming::Defer, ..spec }.start().unwrap();
     let settings = RestoreSettings {
-        mode: vmstate::Mode::Auto,
-        image: theirs,
-        offset: 0,
-        target: Target::Waiting(QmpAddress::Unix(third.qmp_path())),
         channels: Some(3),
-        direct_io: DirectIo::Auto,
         record: Record::Running,
-        force: false,
-        via: vmstate::Via::Auto,
+        ..RestoreSettings::new(theirs, Target::Waiting(QmpAddress::Unix(third.qmp_path())))
     };
     let restored = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved);
     let restored = restored.unwrap_or_else(|error| panic!("{}", error.chain()));

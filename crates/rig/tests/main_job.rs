@@ -33,17 +33,7 @@ fn save(qmp: PathBuf, image: &Path, change: impl FnOnce(&mut SaveSettings)) -> S
 }
 
 fn restore(image: &Path, target: Target) -> RestoreReport {
-    let settings = RestoreSettings {
-        mode: vmstate::Mode::Auto,
-        image: image.to_owned(),
-        offset: 0,
-        target,
-        channels: None,
-        direct_io: vmstate::DirectIo::Auto,
-        record: Record::AsItWas,
-        force: false,
-        via: vmstate::Via::Auto,
-    };
+    let settings = RestoreSettings::new(image, target);
     vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved)
         .unwrap_or_else(|error| panic!("{}", error.chain()))
 }
@@ -238,16 +228,9 @@ fn a_target_whose_memory_is_not_zero_where_the_image_is_gets_refused() {
     let target = spec.start().unwrap();
     memfd_of(target.pid()).write_all_at(&[0x5a], 0x8001fff).unwrap();
     let settings = RestoreSettings {
-        mode: vmstate::Mode::Auto,
-        image: image.clone(),
-        offset: 0,
-        target: Target::Waiting(QmpAddress::Unix(target.qmp_path())),
-        channels: None,
-        direct_io: vmstate::DirectIo::Auto,
-        record: Record::AsItWas,
-        force: false,
         // vmstate's own way would clear it.
         via: Via::Qemu,
+        ..RestoreSettings::new(&image, Target::Waiting(QmpAddress::Unix(target.qmp_path())))
     };
     let error = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap_err();
     assert_eq!(error.kind(), vmstate::Kind::Incompatible);

@@ -21,8 +21,7 @@ use serde_json::json;
 use vmstate::net::QmpAddress;
 use vmstate::source::MappedRamFile;
 use vmstate::{
-    Cancel, DirectIo, Record, RestoreReport, RestoreSettings, SaveReport, SaveSettings, Target, Unobserved,
-    Via,
+    Cancel, Record, RestoreReport, RestoreSettings, SaveReport, SaveSettings, Target, Unobserved, Via,
 };
 use vmstate_rig::{DEADLINE, StockLoad, client, compare_images, stock_load, stock_save, verify_image};
 
@@ -157,15 +156,8 @@ fn spec_of(spec: &QemuSpec, backend: MemoryBackend) -> QemuSpec {
 
 fn restore(qemu: &Qemu, image: &Path) -> RestoreReport {
     let settings = RestoreSettings {
-        mode: vmstate::Mode::Auto,
-        image: image.to_owned(),
-        offset: 0,
-        target: Target::Waiting(QmpAddress::Unix(qemu.qmp_path())),
-        via: Via::Auto,
-        channels: None,
-        direct_io: DirectIo::Auto,
         record: Record::Running,
-        force: false,
+        ..RestoreSettings::new(image, Target::Waiting(QmpAddress::Unix(qemu.qmp_path())))
     };
     vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved)
         .unwrap_or_else(|error| panic!("{}", error.chain()))

@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
 use vmstate::net::QmpAddress;
 use vmstate::{
-    Cancel, DirectIo, Kind, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Unobserved,
-    Via,
+    Cancel, DirectIo, Kind, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Unobserved, Via,
 };
 use vmstate_rig::{DEADLINE, client};
 
@@ -39,15 +38,10 @@ fn waiting(saved: &Saved, backend: MemoryBackend) -> Qemu {
 
 fn restore(image: &Path, target: &Qemu, via: Via, direct_io: DirectIo) -> Result<RestoreReport> {
     let settings = RestoreSettings {
-        mode: vmstate::Mode::Auto,
-        image: image.to_owned(),
-        offset: 0,
-        target: Target::Waiting(QmpAddress::Unix(target.qmp_path())),
         via,
         channels: Some(3),
         direct_io,
-        record: Record::AsItWas,
-        force: false,
+        ..RestoreSettings::new(image, Target::Waiting(QmpAddress::Unix(target.qmp_path())))
     };
     vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved)
 }

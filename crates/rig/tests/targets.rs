@@ -61,15 +61,8 @@ fn rehearse(settings: &SaveSettings) -> Rehearsal {
 
 fn restore(image: &Path, offset: u64, qemu: &Qemu) -> Result<RestoreReport, Error> {
     let settings = RestoreSettings {
-        mode: vmstate::Mode::Auto,
-        image: image.to_owned(),
         offset,
-        target: Target::Waiting(QmpAddress::Unix(qemu.qmp_path())),
-        via: Via::Auto,
-        channels: None,
-        direct_io: DirectIo::Auto,
-        record: Record::AsItWas,
-        force: false,
+        ..RestoreSettings::new(image, Target::Waiting(QmpAddress::Unix(qemu.qmp_path())))
     };
     vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved)
 }

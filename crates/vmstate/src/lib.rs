@@ -21,6 +21,7 @@ pub mod manifest;
 pub mod net;
 pub mod qemu;
 pub mod qmp;
+mod rate;
 pub mod sink;
 pub mod source;
 
@@ -32,3 +33,4 @@ pub use job::{
     SaveFormat, SaveReport, SaveSettings, Target, Then, Unobserved, Via, check, check_at, convert, info,
     info_at, rehearse, restore, resume, save,
 };
+pub use rate::Rate;

@@ -47,6 +47,7 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
         },
         channels: args.channels,
         direct_io: args.direct_io.choice(),
+        rate_max: args.max_bandwidth,
         record: args.record.choice(),
         force: args.force,
     };

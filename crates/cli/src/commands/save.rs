@@ -29,6 +29,7 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
         offset: args.offset,
         channels: args.channels,
         direct_io: args.direct_io.choice(),
+        rate_max: args.max_bandwidth,
         then: match args.then {
             ThenArg::Pause => Then::Pause,
             ThenArg::Resume => Then::Resume,

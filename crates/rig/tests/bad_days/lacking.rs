@@ -5,9 +5,7 @@ use std::process::Command;
 
 use lab::{Incoming, QemuSpec};
 use vmstate::net::QmpAddress;
-use vmstate::{
-    Cancel, DirectIo, Kind, Record, RestoreSettings, SaveReport, SaveSettings, Target, Unobserved, Via,
-};
+use vmstate::{Cancel, Kind, Record, RestoreSettings, SaveReport, SaveSettings, Target, Unobserved, Via};
 use vmstate_rig::{DEADLINE, Hook, Proxy, StockLoad, stock_load};
 
 use crate::{assert_untouched, booted, images, names_in, other, save_to, says, small, told};
@@ -129,15 +127,8 @@ fn an_image_that_is_replaced_while_it_is_read_is_still_the_one_that_was_checked(
             std::fs::rename(&other, &image).unwrap();
         });
         let settings = RestoreSettings {
-            mode: vmstate::Mode::Auto,
-            image: image.clone(),
-            target: Target::Waiting(QmpAddress::Unix(target.qmp_path())),
-            via: Via::Auto,
-            channels: None,
-            direct_io: DirectIo::Auto,
             record: Record::Running,
-            force: false,
-            offset: 0,
+            ..RestoreSettings::new(&image, Target::Waiting(QmpAddress::Unix(target.qmp_path())))
         };
         let report = vmstate::restore(&settings, &Cancel::new().unwrap(), &replaced).unwrap();
         assert!(replaced.is_done());

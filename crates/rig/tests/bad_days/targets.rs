@@ -8,25 +8,13 @@ use std::path::{Path, PathBuf};
 use lab::{Incoming, MachineKind, Qemu, QemuSpec};
 use vmstate::net::QmpAddress;
 use vmstate::source::MappedRamFile;
-use vmstate::{
-    Cancel, DirectIo, Error, Kind, Observer, Record, RestoreReport, RestoreSettings, Target, Unobserved, Via,
-};
+use vmstate::{Cancel, Error, Kind, Observer, RestoreReport, RestoreSettings, Target, Unobserved, Via};
 use vmstate_rig::{DEADLINE, Hook, client};
 
 use crate::{booted, images, names_in, save_to, says, small, told};
 
 fn settings(image: &Path, target: Target) -> RestoreSettings {
-    RestoreSettings {
-        mode: vmstate::Mode::Auto,
-        image: image.to_owned(),
-        offset: 0,
-        target,
-        channels: None,
-        direct_io: DirectIo::Auto,
-        record: Record::AsItWas,
-        force: false,
-        via: vmstate::Via::Auto,
-    }
+    RestoreSettings::new(image, target)
 }
 
 fn restore(

@@ -23,6 +23,9 @@ const SETTLE_STEP_TIMEOUT: Duration = Duration::from_millis(100);
 /// loop, which has nothing else to do while the guest stands still.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
+/// How often a QEMU is asked whether it has finished a migration that has ended.
+const FINALIZED_INTERVAL: Duration = Duration::from_millis(1);
+
 /// The capability that makes QEMU send `MIGRATION` events; the only one that may stay on for a probe.
 const EVENTS: &str = "events";
 /// How often a claim is tried while other savers come and go in between.
@@ -415,6 +418,7 @@ impl Session {
             }
             if !info.is_under_way() {
                 self.migrating = false;
+                self.await_finalized()?;
                 return Ok(info);
             }
             let look_again = told.is_some().then(|| Instant::now() + PROGRESS_INTERVAL);
@@ -438,6 +442,24 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Waits until QEMU has finished a migration that it calls ended already: until then it refuses to resume the guest
+    /// ("Migration is not finalized yet"). It says `completed` from a thread that has yet to wait for the main loop to
+    /// set the state of the guest (migration/migration.c:migration_iteration_finish, QEMU 10.0), and sends no event
+    /// when it has.
+    fn await_finalized(&mut self) -> Result<()> {
+        let deadline = Instant::now() + SETTLE_TIMEOUT;
+        while self.client.status()?.status == "finish-migrate" {
+            if Instant::now() >= deadline {
+                return Err(Error::new(
+                    Kind::Peer,
+                    "QEMU does not finish a migration that it says has ended",
+                ));
+            }
+            self.client.next_event(Some(Instant::now() + FINALIZED_INTERVAL))?;
+        }
+        Ok(())
     }
 
     /// Waits until a guest that is coming in has arrived, or has not: `completed` or `failed`.

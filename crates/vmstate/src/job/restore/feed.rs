@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 
-use io::Counters;
+use io::{Cancel, Counters, RateLimit};
 use page::{PageIndex, PageSet};
 use serde_json::json;
 use wire::FileRange;
@@ -38,7 +38,9 @@ pub(super) fn feed(
     image: &MappedRamFile,
     shares: &[Share],
     session: &mut Session,
+    limit: Option<&RateLimit>,
     counters: &Counters,
+    cancel: &Cancel,
 ) -> Result<()> {
     let layout = image.layout();
     if let Some(ignored) = layout.blocks.iter().find(|block| block.is_ignored()) {
@@ -51,7 +53,10 @@ pub(super) fn feed(
     drop(theirs);
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
-            let written = write_stream(image, shares, &ours, counters);
+            let written = write_stream(image, shares, &ours, counters, |bytes| {
+                limit.inspect(|limit| limit.wait(bytes, cancel));
+                if cancel.is_cancelled() { Err(Error::interrupted()) } else { Ok(()) }
+            });
             // A stream that breaks off must end, or QEMU waits for the rest and we for QEMU.
             let _ = ours.shutdown(std::net::Shutdown::Write);
             written
@@ -82,12 +87,13 @@ fn load(session: &mut Session) -> Result<()> {
     if end.status == "completed" { Ok(()) } else { Err(load_failed(&end)) }
 }
 
-/// Writes the whole stream.
+/// Writes the whole stream. Before pages are sent, `hold_up` is asked whether and when that may be.
 fn write_stream(
     image: &MappedRamFile,
     shares: &[Share],
     mut socket: &UnixStream,
     counters: &Counters,
+    hold_up: impl Fn(u64) -> Result<()>,
 ) -> Result<()> {
     let layout = image.layout();
     let section_id = layout.ram.section_id;
@@ -150,6 +156,7 @@ fn write_stream(
             }
             records.eos(&mut out);
             Item::Footer { section_id }.encode(&mut out);
+            hold_up(sent)?;
             send(&mut out)?;
             counters.bytes_written.fetch_add(sent, Ordering::Relaxed);
         }

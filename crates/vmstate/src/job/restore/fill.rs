@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use io::{Cancel, Counters, FileSupply, LaneSettings, LaneTarget, Piece, ReadPair, WriteLanes};
+use io::{Cancel, Counters, FileSupply, LaneOptions, LaneSettings, LaneTarget, Piece, ReadPair, WriteLanes};
 use mem::{Backing, BlockAddress, Fillable, GuestRam};
 use page::WINDOW_PAGES;
 use wire::mapped_ram::BlockPlacement;
@@ -76,7 +76,7 @@ impl Filling {
         &self,
         image: &MappedRamFile,
         pair: &ReadPair,
-        lanes: usize,
+        lanes: (usize, &LaneOptions),
         counters: &Arc<Counters>,
         cancel: &Cancel,
     ) -> Result<()> {
@@ -107,7 +107,7 @@ fn fill_block(
     ram: &GuestRam,
     fillable: &Fillable,
     pair: &ReadPair,
-    lanes: usize,
+    (lanes, options): (usize, &LaneOptions),
     counters: &Arc<Counters>,
     cancel: &Cancel,
 ) -> Result<()> {
@@ -125,10 +125,11 @@ fn fill_block(
     let direct = pair.direct.as_ref().map(copy).transpose()?;
     let supply = FileSupply::new(direct, copy(&pair.buffered)?, align, vec![place.pages.start]);
     let target = LaneTarget::files(None, copy(&fillable.file)?);
-    let lanes = WriteLanes::start(
+    let lanes = WriteLanes::start_with(
         target,
         Arc::new(supply),
         LaneSettings { lanes, align: 4096 },
+        options.clone(),
         counters.clone(),
         cancel.clone(),
     )?;

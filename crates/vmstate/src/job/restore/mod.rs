@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use io::{Cancel, ReadPair};
+use io::{Cancel, LaneOptions, ReadPair};
 use serde_json::json;
 use wire::qemu::format::MAPPED_RAM;
 
@@ -28,7 +28,7 @@ use crate::net::QmpAddress;
 use crate::qemu::{self, LaunchSettings, Launched, Session};
 use crate::qmp::MigrationInfo;
 use crate::source::{Image, MappedRamFile, open_image};
-use crate::{Error, Kind, Result};
+use crate::{Error, Kind, Rate, Result};
 
 /// How long a guest may take to run once it was told to: QEMU takes its disks back first.
 const RUN_TIMEOUT: Duration = Duration::from_secs(120);
@@ -82,6 +82,9 @@ pub struct RestoreSettings {
     pub channels: Option<u16>,
     /// Whether pages bypass the page cache.
     pub direct_io: DirectIo,
+    /// How many bytes of pages a second are read at the most; `None` is no limit. A QEMU that reads by itself knows
+    /// none.
+    pub rate_max: Option<Rate>,
     /// The state to bring the guest to.
     pub record: Record,
     /// Whether a target is taken that does not fit in ways that may be meant: other devices, changed disks.
@@ -99,6 +102,7 @@ impl RestoreSettings {
             via: Via::Auto,
             channels: None,
             direct_io: DirectIo::Auto,
+            rate_max: None,
             record: Record::AsItWas,
             force: false,
         }
@@ -365,22 +369,25 @@ fn load(
         }
     }
     let channels = settings.channels.unwrap_or_else(default_channels);
+    let limit = settings.rate_max.map(Rate::limit);
     match way {
         Way::Qemu => by_qemu(pair, settings.offset, settings.channels.unwrap_or(QEMU_CHANNELS), session)?,
         Way::Stream => by_stream(pair, settings.offset, session)?,
         Way::Direct(image, filling) => {
             prepare_plain(session)?;
-            filling.fill(image, pair, usize::from(channels), progress.counters(), cancel)?;
-            feed::feed(image, &filling.shares(), session, progress.counters())?;
+            let options = LaneOptions { limit: limit.clone() };
+            let lanes = (usize::from(channels), &options);
+            filling.fill(image, pair, lanes, progress.counters(), cancel)?;
+            feed::feed(image, &filling.shares(), session, limit.as_deref(), progress.counters(), cancel)?;
         }
         Way::Socket(image) => {
             prepare_plain(session)?;
             let shares: Vec<_> = image.layout().blocks.iter().map(|_| Share::Whole).collect();
-            feed::feed(image, &shares, session, progress.counters())?;
+            feed::feed(image, &shares, session, limit.as_deref(), progress.counters(), cancel)?;
         }
         Way::Mapped(image, shares) => {
             prepare_plain(session)?;
-            feed::feed(image, &shares, session, progress.counters())?;
+            feed::feed(image, &shares, session, limit.as_deref(), progress.counters(), cancel)?;
         }
     }
 
@@ -452,7 +459,10 @@ fn choose<'a>(
     session: &mut Session,
 ) -> Result<(Way<'a>, Option<String>)> {
     let direct = match settings.via {
-        Via::Qemu => return Ok((Way::Qemu, None)),
+        Via::Qemu => {
+            refuse_rate(settings)?;
+            return Ok((Way::Qemu, None));
+        }
         Via::Socket => return Ok((Way::Socket(image), None)),
         Via::Direct | Via::Auto => Filling::prepare(image, session, pid),
     };
@@ -461,6 +471,10 @@ fn choose<'a>(
         Err(error) if settings.via == Via::Auto && error.kind() == Kind::Unsupported => error.chain(),
         Err(error) => return Err(error),
     };
+    if settings.rate_max.is_some() {
+        let reason = format!("QEMU reads an image as fast as it can, whatever the limit; {reason}");
+        return Ok((Way::Socket(image), Some(reason)));
+    }
     // Of the two capabilities, direct I/O is the younger, and with it descriptor sets came to work.
     let knows =
         session.knows_capability(MAPPED_RAM)? && session.client.parameters()?.contains_key("direct-io");
@@ -532,8 +546,21 @@ fn by_stream(pair: &ReadPair, offset: u64, session: &mut Session) -> Result<()> 
     fdset.map_or(Ok(()), |fdset| session.remove_fdset(fdset))
 }
 
+/// Refuses a limit where QEMU reads: its `max-bandwidth` is one of sending.
+fn refuse_rate(settings: &RestoreSettings) -> Result<()> {
+    match settings.rate_max {
+        None => Ok(()),
+        Some(rate) => {
+            let clause = format!("QEMU reads an image as fast as it can, it cannot be held to {rate}");
+            Err(Error::new(Kind::Unsupported, clause)
+                .hint("leave --max-bandwidth out, or restore with --via socket"))
+        }
+    }
+}
+
 /// Refuses what there is no way to do with a stream.
 fn refuse_for_stream(settings: &RestoreSettings) -> Result<()> {
+    refuse_rate(settings)?;
     let refuse = |clause: &str, hint: &str| Err(Error::new(Kind::Unsupported, clause).hint(hint.to_owned()));
     match (settings.via, settings.direct_io) {
         (Via::Direct | Via::Socket, _) => {

@@ -19,7 +19,7 @@ use crate::job::Record;
 use crate::net::QmpAddress;
 use crate::qemu::{self, Session};
 use crate::qmp::{self, RunStatus};
-use crate::{Error, Kind, Result};
+use crate::{Error, Kind, Rate, Result};
 
 /// The most channels; QEMU's own limit for multifd.
 pub const CHANNELS_MAX: u16 = 255;
@@ -72,6 +72,8 @@ pub struct SaveSettings {
     pub channels: Option<u16>,
     /// Whether pages bypass the page cache.
     pub direct_io: DirectIo,
+    /// How many bytes of pages a second are written at the most, by whoever writes; `None` is no limit.
+    pub rate_max: Option<Rate>,
     /// What becomes of the guest.
     pub then: Then,
     /// The state that a restore brings the guest to.
@@ -101,6 +103,7 @@ impl SaveSettings {
             via: Via::Auto,
             channels: None,
             direct_io: DirectIo::Auto,
+            rate_max: None,
             then: Then::Pause,
             record: Record::AsItWas,
             overwrite: false,

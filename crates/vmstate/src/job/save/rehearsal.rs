@@ -116,6 +116,7 @@ fn look(
         direct_io_reason: target.as_deref().and_then(|target| super::why_not_direct(target, format)),
         expected: rates.map(|rates| {
             let rate = if direct_io { rates.direct_bytes_per_s } else { rates.buffered_bytes_per_s };
+            let rate = settings.rate_max.map_or(rate, |max| rate.min(max.bytes_per_s().get()));
             Duration::from_secs_f64(pages as f64 / rate.max(1) as f64)
         }),
     })

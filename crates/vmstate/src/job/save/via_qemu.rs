@@ -15,11 +15,16 @@ use crate::manifest::Manifest;
 use crate::qemu::{self, Session};
 use crate::qmp::RunStatus;
 use crate::source::MappedRamFile;
-use crate::{Error, Kind, Result};
+use crate::{Error, Kind, Rate, Result};
 
 /// No limit, in bytes per second: the greatest that every QEMU takes. The default, 128 MiB/s, throttles
 /// files as well.
 pub(crate) const BANDWIDTH_MAX: u64 = 1 << 60;
+
+/// A rate as a value of QEMU's `max-bandwidth`.
+fn as_qemu_takes_it(rate: Rate) -> u64 {
+    rate.bytes_per_s().get().min(BANDWIDTH_MAX)
+}
 
 /// Stops the guest and lets QEMU write everything of it to the target, all but what makes it an image. It has
 /// `ram_bytes` of RAM, touched or not.
@@ -40,7 +45,7 @@ pub(super) fn carry(
                 ("multifd-channels", json!(settings.channels.unwrap_or(QEMU_CHANNELS))),
                 ("multifd-compression", json!("none")),
                 ("direct-io", json!(direct.is_some())),
-                ("max-bandwidth", json!(BANDWIDTH_MAX)),
+                ("max-bandwidth", json!(settings.rate_max.map_or(BANDWIDTH_MAX, as_qemu_takes_it))),
                 ("mode", json!("normal")),
                 ("tls-creds", json!("")),
             ],

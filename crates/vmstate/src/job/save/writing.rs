@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use io::{Cancel, Counters, LaneSettings, Outflow, Target, WriteLanes};
+use io::{Cancel, Counters, LaneOptions, LaneSettings, Outflow, Target, WriteLanes};
 use mem::GuestRam;
 
 use super::{SaveFormat, SaveSettings};
@@ -10,7 +10,7 @@ use crate::job::anonymous_memory_bytes;
 use crate::manifest::Manifest;
 use crate::qemu::Probe;
 use crate::sink::{MappedRamComposition, StreamComposition, bitmap_pieces};
-use crate::{Error, Kind, Result};
+use crate::{Error, Kind, Rate, Result};
 
 /// An image of a guest that stands still, being written.
 pub(super) enum Writing<'a> {
@@ -46,7 +46,10 @@ impl<'a> Writing<'a> {
             }
             SaveFormat::Stream => {
                 let composition = StreamComposition::new(probe, devices, run_state, manifest)?;
-                let out = Box::new(target.outflow(cancel)?);
+                let mut out = Box::new(target.outflow(cancel)?);
+                if let Some(rate) = settings.rate_max {
+                    out.limit(rate.limit());
+                }
                 Ok(Writing::Flowing { composition, out, sync: settings.sync })
             }
         }
@@ -63,13 +66,14 @@ impl<'a> Writing<'a> {
         match self {
             Writing::Fixed { composition, target } => {
                 target.begin(composition.end())?;
-                let lanes = WriteLanes::start(
+                let lanes = WriteLanes::start_with(
                     target.lane_target()?,
                     ram.clone(),
                     LaneSettings {
                         lanes: usize::from(settings.channels()),
                         align: target.direct_io().alignment(),
                     },
+                    LaneOptions { limit: settings.rate_max.map(Rate::limit) },
                     counters.clone(),
                     cancel.clone(),
                 )?;
