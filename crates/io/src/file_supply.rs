@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use crate::supply::{Piece, Scratch, Supplied, Supply, runs};
 
@@ -27,19 +27,44 @@ impl FileSupply {
         FileSupply { direct, buffered, align, starts }
     }
 
+    /// Whether it is read past the page cache.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
+    /// What is read past the page cache.
+    pub(crate) fn direct(&self) -> Option<BorrowedFd<'_>> {
+        self.direct.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Whether such a read can be direct.
+    pub(crate) fn is_aligned(&self, local: *const u8, len: usize, offset: u64) -> bool {
+        // A length is a usize, and so is an address; no shipped target has one of more than 64 bits.
+        (local.addr() | len).is_multiple_of(self.align) && offset.is_multiple_of(self.align as u64)
+    }
+
+    /// Where in the file the byte `from` of a piece is.
+    ///
+    /// # Errors
+    /// `InvalidInput` when there is no such region, or no such offset in any file.
+    pub(crate) fn offset_of(&self, piece: &Piece, from: usize) -> io::Result<u64> {
+        let start = self.starts.get(piece.region as usize).ok_or(io::ErrorKind::InvalidInput)?;
+        let offset = start.checked_add(piece.offset).and_then(|at| at.checked_add(from as u64));
+        offset.ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+
     /// Fills `len` bytes at `local` from the file offset `offset`.
     ///
     /// # Safety
     /// `local..local + len` must be mapped, writable and this call's alone.
-    unsafe fn read(&self, local: *mut u8, len: usize, offset: u64) -> io::Result<()> {
+    pub(crate) unsafe fn read(&self, local: *mut u8, len: usize, offset: u64) -> io::Result<()> {
         let mut done = 0;
         while done < len {
             let (at, rest) = (offset + done as u64, len - done);
             let target = local.wrapping_add(done);
-            let fits = |n: u64| n.is_multiple_of(self.align as u64);
             // What is misaligned, an odd end or what follows a short read, goes through the page cache.
             let file = match &self.direct {
-                Some(direct) if fits(at) && fits(target.addr() as u64) && fits(rest as u64) => direct,
+                Some(direct) if self.is_aligned(target, rest, at) => direct,
                 _ => &self.buffered,
             };
             let position =
@@ -63,17 +88,19 @@ impl FileSupply {
 // every grain that is named was filled by then.
 unsafe impl Supply for FileSupply {
     fn supply(&self, piece: &Piece, scratch: &mut Scratch) -> io::Result<Supplied> {
-        let start = self.starts.get(piece.region as usize).ok_or(io::ErrorKind::InvalidInput)?;
         scratch.reserve(piece.len as usize)?;
         let base = scratch.as_mut_ptr();
         for (first, last) in runs(piece.mask) {
             let (from, to) = piece.bytes_of(first, last);
-            let offset = start.checked_add(piece.offset).and_then(|at| at.checked_add(from as u64));
-            let offset = offset.ok_or(io::ErrorKind::InvalidInput)?;
+            let offset = self.offset_of(piece, from)?;
             // SAFETY: a piece's bytes end at its length, for which the scratch was reserved above.
             unsafe { self.read(base.wrapping_add(from), to - from, offset) }?;
         }
         Ok(Supplied { base, write: piece.mask })
+    }
+
+    fn as_file(&self) -> Option<&FileSupply> {
+        Some(self)
     }
 }
 

@@ -5,7 +5,8 @@
 //! a file under its final name only when it is whole and on disk. Other places keep as much of that as they
 //! can, see [`Target`]: a [`Place`] of a file or device, an [`Outflow`] into a pipe.
 //!
-//! Law: one lane is one thread with one slab. The caller's thread plans, deals and reads [`Counters`].
+//! Law: one lane is one thread with one ring and one set of buffers. The caller's thread plans, deals and reads
+//! [`Counters`].
 
 mod ahead;
 mod aligned;
@@ -14,6 +15,7 @@ mod constant_supply;
 mod counters;
 mod direct;
 mod draft;
+mod engine;
 mod file_supply;
 mod hold;
 mod inflow;
@@ -25,6 +27,7 @@ mod publish;
 mod queue;
 mod rate_limit;
 mod residency;
+mod ring;
 mod slab;
 mod staging;
 mod stray;
@@ -39,10 +42,11 @@ pub use constant_supply::ConstantSupply;
 pub use counters::{Counters, CountersReading};
 pub use direct::{DirectChoice, DirectIo, ReadPair};
 pub use draft::{Draft, DraftError, DraftOptions, DraftStep, Obstacle};
+pub use engine::{ENGINE_VARIABLE, Engine, EngineChoice};
 pub use file_supply::FileSupply;
 pub use hold::hold;
 pub use inflow::Inflow;
-pub use lane::{LaneError, LaneOptions, LaneSettings, LaneTarget, PositionedWrite, WriteLanes};
+pub use lane::{LaneError, LaneOptions, LaneSettings, LaneTarget, PositionedWrite, RingWrite, WriteLanes};
 pub use outflow::{Outflow, OutflowError, PageContent, PagesWritten};
 pub use owner::{Owner, OwnerError};
 pub use place::{HEAD_LEN, Place};

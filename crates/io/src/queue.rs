@@ -16,6 +16,17 @@ pub(crate) struct Queue {
     limit: usize,
 }
 
+/// What a lane that does not wait finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// A piece.
+    Piece(Piece),
+    /// Nothing yet.
+    Nothing,
+    /// Nothing any more: there will be none, or somebody has failed.
+    End,
+}
+
 #[derive(Default)]
 struct State {
     pieces: VecDeque<Piece>,
@@ -59,6 +70,23 @@ impl Queue {
                 return None;
             }
             state = self.to_lanes.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The next piece if it is there; never waits.
+    pub(crate) fn try_pop(&self) -> Next {
+        let mut state = self.lock();
+        if state.failure.is_some() {
+            return Next::End;
+        }
+        match state.pieces.pop_front() {
+            Some(piece) => {
+                drop(state);
+                self.to_planner.notify_one();
+                Next::Piece(piece)
+            }
+            None if state.closed => Next::End,
+            None => Next::Nothing,
         }
     }
 
@@ -114,5 +142,19 @@ mod tests {
         queue.close();
         assert_eq!(queue.pop(), Some(PIECE));
         assert_eq!(queue.pop(), None);
+    }
+
+    #[test]
+    fn whoever_does_not_wait_is_told_apart_nothing_yet_and_nothing_any_more() {
+        let queue = Queue::new(2);
+        assert_eq!(queue.try_pop(), Next::Nothing);
+        queue.push(PIECE).expect("room");
+        queue.close();
+        assert_eq!(queue.try_pop(), Next::Piece(PIECE));
+        assert_eq!(queue.try_pop(), Next::End);
+        let failed = Queue::new(2);
+        failed.push(PIECE).expect("room");
+        failed.fail(LaneError::Cancelled);
+        assert_eq!(failed.try_pop(), Next::End);
     }
 }

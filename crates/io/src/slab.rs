@@ -30,6 +30,10 @@ pub struct Slab {
 // their own accesses; nothing in it is tied to the thread that made it.
 unsafe impl Send for Slab {}
 
+// SAFETY: a shared slab gives out addresses and numbers that never change; whoever uses an address answers for
+// that.
+unsafe impl Sync for Slab {}
+
 impl Slab {
     /// Maps `buffers` buffers of `buffer_len` bytes. No memory is used until it is touched.
     ///

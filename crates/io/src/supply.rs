@@ -1,7 +1,9 @@
 //! The contract between a lane and whoever knows where the bytes are.
 
 use std::io;
+use std::sync::Arc;
 
+use crate::file_supply::FileSupply;
 use crate::slab::{HUGE_PAGE, Slab};
 
 /// The number of grains that a piece has at most: the bits of its mask.
@@ -80,25 +82,34 @@ pub struct Supplied {
 /// Says where the bytes of a piece are.
 ///
 /// A lane calls [`Supply::supply`] from its own thread, then writes the grains of the answer straight from
-/// memory, and only then asks for the next piece with the same scratch. A supply may block on memory (page
-/// faults), never on the lanes. After an error the lane stops and the whole job fails.
+/// memory. It has several pieces under way, each with a scratch of its own, and asks for another piece with the
+/// same scratch only when the first is written. A supply may block on memory (page faults), never on the lanes.
+/// After an error the lane stops and the whole job fails.
 ///
 /// # Safety
 /// For every grain in [`Supplied::write`] the bytes at `base + i * grain`, cut at the piece's length, must
-/// stay mapped and readable until the lane asks for the next piece or drops its scratch. Others may change
-/// them meanwhile: the lane and the kernel read them without assuming anything of their values.
+/// stay mapped and readable until the lane asks for another piece with the same scratch or drops that scratch.
+/// Others may change them meanwhile: the lane and the kernel read them without assuming anything of their values.
 pub unsafe trait Supply: Send + Sync {
     /// Finds the bytes of `piece`; those that have to be copied go to `scratch`, which holds the whole piece.
     ///
     /// # Errors
     /// Whatever makes the bytes unreachable, naming the region and the address.
     fn supply(&self, piece: &Piece, scratch: &mut Scratch) -> io::Result<Supplied>;
+
+    /// The file that the pieces are parts of, where they are: a lane with a ring reads it by that, many requests at
+    /// a time, and does not call [`Supply::supply`].
+    fn as_file(&self) -> Option<&FileSupply> {
+        None
+    }
 }
 
 /// A lane's buffer for the bytes that cannot be written from where they are.
 #[derive(Debug)]
 pub struct Scratch {
-    slab: Slab,
+    slab: Arc<Slab>,
+    /// Which of the slab's buffers; nobody else has it.
+    buffer: usize,
 }
 
 impl Scratch {
@@ -107,7 +118,22 @@ impl Scratch {
     /// # Errors
     /// When the memory cannot be mapped.
     pub fn new(len: usize) -> io::Result<Scratch> {
-        Ok(Scratch { slab: Slab::map(1, len.max(1).next_multiple_of(HUGE_PAGE))? })
+        let slab = Slab::map(1, len.max(1).next_multiple_of(HUGE_PAGE))?;
+        Ok(Scratch { slab: Arc::new(slab), buffer: 0 })
+    }
+
+    /// As many buffers of `len` bytes as share a huge page; where not even two do, one as by [`Scratch::new`].
+    ///
+    /// # Errors
+    /// When the memory cannot be mapped.
+    pub(crate) fn several(len: usize) -> io::Result<Vec<Scratch>> {
+        let len = len.max(GRAIN_MIN as usize).next_power_of_two();
+        let buffers = HUGE_PAGE / len;
+        if buffers < 2 {
+            return Ok(vec![Scratch::new(len)?]);
+        }
+        let slab = Arc::new(Slab::map(buffers, len)?);
+        Ok((0..buffers).map(|buffer| Scratch { slab: slab.clone(), buffer }).collect())
     }
 
     /// Makes the buffer hold at least `len` bytes; what it held before is lost if it has to grow.
@@ -121,9 +147,15 @@ impl Scratch {
         Ok(())
     }
 
-    /// The start of the buffer, 2 MiB-aligned; valid until the scratch grows or is dropped.
+    /// The start of the buffer, aligned to its length or to 2 MiB, whichever is less; valid until the scratch grows
+    /// or is dropped.
     pub fn as_mut_ptr(&mut self) -> *mut u8 {
-        self.slab.buffer(0)
+        self.base()
+    }
+
+    /// The same for a lane that shares the scratch among its requests.
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.slab.buffer(self.buffer)
     }
 
     /// The length of the buffer in bytes.
@@ -131,13 +163,9 @@ impl Scratch {
         self.slab.buffer_len()
     }
 
-    /// Never true: a scratch has at least one huge page.
+    /// Never true: a scratch has at least a sector.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-
-    pub(crate) fn touch(&self) {
-        self.slab.touch();
     }
 }
 
@@ -216,5 +244,23 @@ mod tests {
         assert_eq!(scratch.len(), 2 * HUGE_PAGE);
         scratch.reserve(1).expect("nothing to do");
         assert_eq!(scratch.len(), 2 * HUGE_PAGE);
+    }
+
+    #[test]
+    fn buffers_that_fit_share_a_huge_page() {
+        for (len, buffers, each) in [
+            (0, 4096, 512),
+            (1 << 20, 2, 1 << 20),
+            ((1 << 20) - 1, 2, 1 << 20),
+            ((1 << 20) + 1, 1, HUGE_PAGE),
+            (16 << 20, 1, 16 << 20),
+        ] {
+            let several = Scratch::several(len).expect("memory");
+            assert_eq!(several.len(), buffers, "{len:#x}");
+            for (i, scratch) in several.iter().enumerate() {
+                assert_eq!(scratch.len(), each, "{len:#x}");
+                assert_eq!(scratch.base().addr(), several[0].base().addr() + i * each, "{len:#x}");
+            }
+        }
     }
 }

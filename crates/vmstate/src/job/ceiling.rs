@@ -37,12 +37,13 @@ pub fn takes_direct_io(directory: &Path) -> Result<bool> {
 /// # Errors
 /// [`Kind::Io`](crate::Kind::Io), [`Kind::Interrupted`](crate::Kind::Interrupted).
 pub fn write_fresh(path: &Path, bytes: u64, cancel: &Cancel) -> Result<Duration> {
+    let constant = constant()?;
     let started = Instant::now();
     let options = DraftOptions { overwrite: true, direct: DirectChoice::Auto, ..DraftOptions::default() };
     let mut draft = Draft::create(path, options)?;
     draft.set_len(bytes)?;
     let align = draft.direct_io().alignment();
-    run(draft.lane_target()?, Arc::new(ConstantSupply), align, bytes, |_| 0, cancel)?;
+    run(draft.lane_target()?, constant, align, bytes, |_| 0, cancel)?;
     draft.publish()?;
     Ok(started.elapsed())
 }
@@ -60,8 +61,9 @@ pub fn overwrite(path: &Path, cancel: &Cancel) -> Result<Duration> {
     let failed = |error: std::io::Error| Error::io(format!("cannot write {}", path.display()), error);
     let bytes = buffered.metadata().map_err(failed)?.len();
     let durable = buffered.try_clone().map_err(failed)?;
+    let constant = constant()?;
     let started = Instant::now();
-    run(LaneTarget::files(direct, buffered), Arc::new(ConstantSupply), GRAIN, bytes, |_| 0, cancel)?;
+    run(LaneTarget::files(direct, buffered), constant, GRAIN, bytes, |_| 0, cancel)?;
     durable.sync_all().map_err(failed)?;
     Ok(started.elapsed())
 }
@@ -96,11 +98,17 @@ pub fn populate(bytes: u64, cancel: &Cancel) -> Result<Duration> {
     let memory = File::from(memory);
     // To give the memory back takes its time, too; that begins with the last descriptor.
     let target = memory.try_clone().map_err(|error| Error::io("cannot make shared memory", error))?;
+    let constant = constant()?;
     let started = Instant::now();
-    run(LaneTarget::files(None, target), Arc::new(ConstantSupply), GRAIN, bytes, |_| 0, cancel)?;
+    run(LaneTarget::files(None, target), constant, GRAIN, bytes, |_| 0, cancel)?;
     let took = started.elapsed();
     drop(memory);
     Ok(took)
+}
+
+fn constant() -> Result<Arc<ConstantSupply>> {
+    let supply = ConstantSupply::new().map_err(|error| Error::io("cannot map a huge page", error))?;
+    Ok(Arc::new(supply))
 }
 
 /// Has as many lanes as a job has by default move `bytes`, in order; `source` says where in the supply the piece for

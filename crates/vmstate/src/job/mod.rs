@@ -125,6 +125,18 @@ impl<'a> Stopwatch<'a> {
     }
 }
 
+/// Says what the lanes will move bytes with; whoever chose nonsense hears of it before the guest is touched.
+fn note_engine(observer: &dyn Observer) -> crate::Result<()> {
+    match io::EngineChoice::Auto.engine() {
+        Ok(engine) => observer.note(&format!("lanes: {engine}")),
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
+            return Err(crate::Error::new(crate::Kind::Misuse, error.to_string()));
+        }
+        Err(error) => return Err(crate::Error::new(crate::Kind::Unsupported, error.to_string())),
+    }
+    Ok(())
+}
+
 /// The resident anonymous memory of this process in bytes: what the job costs beside the guest's own pages,
 /// which may be mapped here too. Zero where the kernel does not tell.
 fn anonymous_memory_bytes() -> u64 {

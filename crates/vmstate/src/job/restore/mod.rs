@@ -23,7 +23,7 @@ pub use self::mode::Mode;
 use self::mode::Plan;
 use self::zero::{Verified, verify_zero};
 use super::save::{CHANNELS_MAX, QEMU_CHANNELS, default_channels};
-use super::{DirectIo, Observer, Phases, Stopwatch, Via};
+use super::{DirectIo, Observer, Phases, Stopwatch, Via, note_engine};
 use crate::net::QmpAddress;
 use crate::qemu::{self, LaunchSettings, Launched, Session};
 use crate::qmp::MigrationInfo;
@@ -374,8 +374,9 @@ fn load(
         Way::Qemu => by_qemu(pair, settings.offset, settings.channels.unwrap_or(QEMU_CHANNELS), session)?,
         Way::Stream => by_stream(pair, settings.offset, session)?,
         Way::Direct(image, filling) => {
+            note_engine(watch.observer)?;
             prepare_plain(session)?;
-            let options = LaneOptions { limit: limit.clone() };
+            let options = LaneOptions { limit: limit.clone(), ..LaneOptions::default() };
             let lanes = (usize::from(channels), &options);
             filling.fill(image, pair, lanes, progress.counters(), cancel)?;
             feed::feed(image, &filling.shares(), session, limit.as_deref(), progress.counters(), cancel)?;

@@ -301,6 +301,9 @@ fn carry(
     let (carried, via) = match prepared {
         Some(ready) => {
             watch.observer.note("via direct: QEMU gives the device state only");
+            if format == SaveFormat::MappedRam {
+                super::note_engine(watch.observer)?;
+            }
             (direct::carry(settings, session, (ready, bytes), (target, format), cancel, watch)?, Via::Direct)
         }
         None => (via_qemu::carry(settings, session, target, bytes, watch)?, Via::Qemu),

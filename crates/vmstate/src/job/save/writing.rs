@@ -73,7 +73,7 @@ impl<'a> Writing<'a> {
                         lanes: usize::from(settings.channels()),
                         align: target.direct_io().alignment(),
                     },
-                    LaneOptions { limit: settings.rate_max.map(Rate::limit) },
+                    LaneOptions { limit: settings.rate_max.map(Rate::limit), ..LaneOptions::default() },
                     counters.clone(),
                     cancel.clone(),
                 )?;

@@ -1,18 +1,23 @@
 //! Lanes: threads that write pieces at fixed offsets of a file.
 
-use std::any::Any;
+mod flight;
+mod pool;
+mod span;
+mod work;
+
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use self::work::Lane;
 use crate::cancel::Cancel;
-use crate::counters::{Counters, add};
+use crate::counters::Counters;
+use crate::engine::EngineChoice;
 use crate::queue::Queue;
 use crate::rate_limit::RateLimit;
-use crate::supply::{Piece, Scratch, Supplied, Supply, runs};
+use crate::supply::{Piece, Supply};
 
 /// The most lanes that can be started.
 const LANES_MAX: usize = 256;
@@ -37,6 +42,30 @@ pub trait PositionedWrite: Send + Sync {
     /// # Safety
     /// `base..base + len` must be mapped and readable during the call. The bytes may change meanwhile.
     unsafe fn write_span_at(&self, base: *const u8, len: usize, offset: u64) -> io::Result<usize>;
+
+    /// How a lane that has a ring is to go about a write of `len` bytes from `base` at `offset`.
+    ///
+    /// Without an answer of its own a file is written by [`PositionedWrite::write_span_at`], ring or not.
+    fn ring_write(&self, base: *const u8, len: usize, offset: u64) -> RingWrite<'_> {
+        let _ = (base, len, offset);
+        RingWrite::Inline
+    }
+}
+
+/// How a write gets done that a ring could do.
+#[derive(Debug)]
+pub enum RingWrite<'a> {
+    /// By the lane itself, with [`PositionedWrite::write_span_at`].
+    Inline,
+    /// By the ring.
+    Ring {
+        /// Where to; open for as long as the file is.
+        descriptor: BorrowedFd<'a>,
+        /// How many of the bytes to write at once: at most as many as were asked about.
+        len: usize,
+    },
+    /// Not at all: this is taken for the answer of the ring. For a file with faults, which is tested with.
+    Refused(io::Error),
 }
 
 impl PositionedWrite for File {
@@ -47,6 +76,10 @@ impl PositionedWrite for File {
         // returns, and tolerates that the bytes change.
         let written = unsafe { libc::pwrite(self.as_raw_fd(), base.cast(), len, offset) };
         usize::try_from(written).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn ring_write(&self, _base: *const u8, len: usize, _offset: u64) -> RingWrite<'_> {
+        RingWrite::Ring { descriptor: self.as_fd(), len }
     }
 }
 
@@ -81,6 +114,8 @@ pub struct LaneSettings {
 pub struct LaneOptions {
     /// How many bytes a second all of them together may write; `None` holds nobody up. Others may share it.
     pub limit: Option<Arc<RateLimit>>,
+    /// What they move bytes with.
+    pub engine: EngineChoice,
 }
 
 /// Why lanes stopped. The first failure is the one reported, by `deal` and by `finish` alike.
@@ -144,6 +179,12 @@ pub enum LaneError {
     Cancelled,
 }
 
+impl LaneError {
+    fn start(lane: usize, source: io::Error) -> LaneError {
+        LaneError::Start { lane, source: Arc::new(source) }
+    }
+}
+
 /// Running lanes. Dropping them without [`WriteLanes::finish`] stops them and waits for their threads.
 pub struct WriteLanes {
     queue: Arc<Queue>,
@@ -152,10 +193,11 @@ pub struct WriteLanes {
 }
 
 impl WriteLanes {
-    /// Starts the threads. Each takes its slab when its first piece arrives.
+    /// Starts the threads. Each takes its slab and its ring when its first piece arrives.
     ///
     /// # Errors
-    /// [`LaneError::Start`] when a thread cannot be started; those that were are gone again.
+    /// [`LaneError::Start`] when the engine is not to be had or a thread cannot be started; those that were are
+    /// gone again.
     ///
     /// # Panics
     /// When the settings are outside of what their docs say.
@@ -187,6 +229,7 @@ impl WriteLanes {
         let LaneSettings { lanes, align } = settings;
         assert!((1..=LANES_MAX).contains(&lanes), "{lanes} lanes");
         assert!(align.is_power_of_two() && align >= ALIGN_MIN, "lanes aligned to {align:#x} bytes");
+        let engine = options.engine.engine().map_err(|source| LaneError::start(0, source))?;
         let queue = Arc::new(Queue::new(lanes * QUEUED_PER_LANE));
         let target = Arc::new(target);
         // From here on an early return drops `started`, which stops and joins the threads it has.
@@ -194,7 +237,9 @@ impl WriteLanes {
         for number in 0..lanes {
             let lane = Lane {
                 number,
+                lanes,
                 align,
+                engine: engine.clone(),
                 queue: queue.clone(),
                 target: target.clone(),
                 supply: supply.clone(),
@@ -205,7 +250,7 @@ impl WriteLanes {
             let thread = thread::Builder::new()
                 .name(format!("lane {number}"))
                 .spawn(move || lane.run_guarded())
-                .map_err(|source| LaneError::Start { lane: number, source: Arc::new(source) })?;
+                .map_err(|source| LaneError::start(number, source))?;
             started.threads.push(thread);
         }
         Ok(started)
@@ -257,248 +302,6 @@ impl Drop for WriteLanes {
         if !self.threads.is_empty() {
             self.queue.fail(LaneError::Cancelled);
             self.join();
-        }
-    }
-}
-
-struct Lane {
-    number: usize,
-    align: usize,
-    queue: Arc<Queue>,
-    target: Arc<LaneTarget>,
-    supply: Arc<dyn Supply>,
-    limit: Option<Arc<RateLimit>>,
-    counters: Arc<Counters>,
-    cancel: Cancel,
-}
-
-impl Lane {
-    fn run_guarded(&self) {
-        let failure = match catch_unwind(AssertUnwindSafe(|| self.run())) {
-            Ok(Ok(())) => return,
-            Ok(Err(error)) => error,
-            Err(panic) => LaneError::Panicked { lane: self.number, message: panic_message(&*panic) },
-        };
-        self.queue.fail(failure);
-    }
-
-    fn run(&self) -> Result<(), LaneError> {
-        let Some(mut piece) = self.queue.pop() else { return Ok(()) };
-        let mut scratch = Scratch::new(piece.len as usize).map_err(|source| self.no_slab(source))?;
-        scratch.touch();
-        loop {
-            self.check_cancel()?;
-            scratch.reserve(piece.len as usize).map_err(|source| self.no_slab(source))?;
-            self.move_piece(&piece, &mut scratch)?;
-            match self.queue.pop() {
-                Some(next) => piece = next,
-                None => return Ok(()),
-            }
-        }
-    }
-
-    fn move_piece(&self, piece: &Piece, scratch: &mut Scratch) -> Result<(), LaneError> {
-        let supplied = self.supply.supply(piece, scratch).map_err(|source| LaneError::Supply {
-            region: piece.region,
-            offset: piece.offset,
-            source: Arc::new(source),
-        })?;
-        assert!(
-            piece.holds(&supplied.write),
-            "the supply names grains beyond the piece at {:#x}",
-            piece.offset
-        );
-        if let Some(limit) = &self.limit {
-            // What is left out costs nothing. A wait that the switch ends is seen before the next write.
-            limit.wait(piece.bytes_in(&supplied.write), &self.cancel);
-        }
-        for (start, end) in runs(supplied.write) {
-            let (from, to) = piece.bytes_of(start, end);
-            let span = Span {
-                base: supplied.base.wrapping_add(from),
-                len: to - from,
-                offset: piece.target + from as u64,
-                region: piece.region,
-            };
-            self.write_run(span)?;
-        }
-        add(&self.counters.bytes_zero, piece.bytes_in(&left_out(piece, &supplied)));
-        add(&self.counters.pieces, 1);
-        Ok(())
-    }
-
-    /// Writes one run: the aligned middle directly, what is left at both ends through the page cache.
-    fn write_run(&self, run: Span) -> Result<(), LaneError> {
-        let Some(direct) = self.target.direct.as_deref() else { return self.write_buffered(run) };
-        let (head, body) = aligned_middle(run.base.addr(), run.offset, run.len, self.align);
-        if body == 0 {
-            return self.write_buffered(run);
-        }
-        let (head, rest) = run.split_at(head);
-        let (body, tail) = rest.split_at(body);
-        self.write_buffered(head)?;
-        self.write_direct(direct, body)?;
-        self.write_buffered(tail)
-    }
-
-    fn write_buffered(&self, mut span: Span) -> Result<(), LaneError> {
-        while span.len > 0 {
-            let written = self.write_some(&*self.target.buffered, &span).map_err(|stop| stop.at(&span))?;
-            span = self.advance(span, written);
-        }
-        Ok(())
-    }
-
-    fn write_direct(&self, direct: &dyn PositionedWrite, mut span: Span) -> Result<(), LaneError> {
-        while span.len > 0 {
-            let written = self.write_some(direct, &span).map_err(|stop| stop.at_direct(&span))?;
-            // A short count that ends amid a unit would leave the rest misaligned: the torn unit is written
-            // again, and where not even one unit was taken, the page cache takes that one.
-            let whole = written - written % self.align;
-            if whole > 0 {
-                span = self.advance(span, whole);
-            } else {
-                let (unit, rest) = span.split_at(self.align);
-                self.write_buffered(unit)?;
-                span = rest;
-            }
-        }
-        Ok(())
-    }
-
-    /// One write call that got somewhere. An interrupted one is repeated, unless the interruption was ours.
-    fn write_some(&self, file: &dyn PositionedWrite, span: &Span) -> Result<usize, Stop> {
-        loop {
-            if self.cancel.is_cancelled() {
-                return Err(Stop::Cancelled);
-            }
-            add(&self.counters.write_calls, 1);
-            // SAFETY: the span lies within grains that the supply named in `write`, which its contract keeps
-            // mapped and readable until this lane asks for its next piece.
-            match unsafe { file.write_span_at(span.base, span.len, span.offset) } {
-                Ok(0) => return Err(Stop::Failed(io::ErrorKind::WriteZero.into())),
-                Ok(written) => return Ok(written.min(span.len)),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(Stop::Failed(error)),
-            }
-        }
-    }
-
-    fn advance(&self, span: Span, written: usize) -> Span {
-        add(&self.counters.bytes_written, written as u64);
-        span.split_at(written).1
-    }
-
-    fn check_cancel(&self) -> Result<(), LaneError> {
-        if self.cancel.is_cancelled() { Err(LaneError::Cancelled) } else { Ok(()) }
-    }
-
-    fn no_slab(&self, source: io::Error) -> LaneError {
-        LaneError::Start { lane: self.number, source: Arc::new(source) }
-    }
-}
-
-/// Why a write call got nowhere.
-enum Stop {
-    Cancelled,
-    Failed(io::Error),
-}
-
-impl Stop {
-    fn at(self, span: &Span) -> LaneError {
-        match self {
-            Stop::Cancelled => LaneError::Cancelled,
-            Stop::Failed(source) => LaneError::Write {
-                region: span.region,
-                offset: span.offset,
-                len: span.len,
-                source: Arc::new(source),
-            },
-        }
-    }
-
-    fn at_direct(self, span: &Span) -> LaneError {
-        match self {
-            Stop::Failed(source) if source.raw_os_error() == Some(libc::EINVAL) => LaneError::DirectRefused {
-                region: span.region,
-                offset: span.offset,
-                len: span.len,
-                source: Arc::new(source),
-            },
-            other => other.at(span),
-        }
-    }
-}
-
-/// Raw memory and the place in the file it goes to.
-struct Span {
-    base: *const u8,
-    len: usize,
-    offset: u64,
-    region: u32,
-}
-
-impl Span {
-    /// The first `at` bytes, `at` being no more than there are, and the rest.
-    fn split_at(self, at: usize) -> (Span, Span) {
-        let rest = Span {
-            base: self.base.wrapping_add(at),
-            len: self.len - at,
-            offset: self.offset + at as u64,
-            region: self.region,
-        };
-        (Span { len: at, ..self }, rest)
-    }
-}
-
-/// The lengths of the unaligned head and of the aligned middle of a span; the middle is empty where memory
-/// and file do not meet at the same alignment.
-fn aligned_middle(address: usize, offset: u64, len: usize, align: usize) -> (usize, usize) {
-    // The remainder of a division by a usize fits one.
-    let past = (offset % align as u64) as usize;
-    if address % align != past {
-        return (0, 0);
-    }
-    let head = (align - past) % align;
-    match len.checked_sub(head) {
-        Some(rest) => (head, rest - rest % align),
-        None => (0, 0),
-    }
-}
-
-/// The grains that the piece asked for and the supply found to be zero.
-fn left_out(piece: &Piece, supplied: &Supplied) -> [u64; 4] {
-    std::array::from_fn(|i| piece.mask[i] & !supplied.write[i])
-}
-
-fn panic_message(panic: &(dyn Any + Send)) -> String {
-    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
-        (Some(text), _) => (*text).to_owned(),
-        (_, Some(text)) => text.clone(),
-        _ => "no message".to_owned(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_what_is_aligned_in_memory_and_file_is_direct() {
-        for (address, offset, len, expected) in [
-            (0x10000, 0x10000, 0x3000, (0, 0x3000)),
-            (0x10000, 0x10000, 0x3005, (0, 0x3000)),
-            (0x10200, 0x20200, 0x3000, (0xe00, 0x2000)),
-            (0x10200, 0x20200, 0xdff, (0, 0)),
-            (0x10200, 0x20200, 0xe00, (0xe00, 0)),
-            (0x10000, 0x10200, 0x3000, (0, 0)),
-            (0x10000, 0x10000, 0, (0, 0)),
-        ] {
-            assert_eq!(
-                aligned_middle(address, offset, len, 4096),
-                expected,
-                "{address:#x} {offset:#x} {len:#x}"
-            );
         }
     }
 }

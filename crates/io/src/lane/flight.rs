@@ -1,0 +1,319 @@
+//! Pieces on their way: read where they come from a file, filled, written, several at a time where there is a ring.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::pool::Pool;
+use super::span::{Span, Stop, aligned_middle};
+use super::work::Lane;
+use super::{LaneError, RingWrite};
+use crate::counters::add;
+use crate::file_supply::FileSupply;
+use crate::ring::{Direction, Ring, Transfer};
+use crate::supply::{Piece, Scratch, Supplied, runs};
+
+/// A piece and the buffer that its bytes are in. Every request of the piece has a share of it, and when the last
+/// comes home the buffer is free.
+pub(super) struct Loaded {
+    piece: Piece,
+    scratch: Scratch,
+}
+
+/// A request that is under way or waits to be.
+pub(super) struct Flight {
+    loaded: Rc<Loaded>,
+    direction: Direction,
+    /// What is left to be moved.
+    span: Span,
+    since: Instant,
+}
+
+/// Everything that a lane has in hand.
+///
+/// The ring is dropped first, which waits for what the kernel still has.
+pub(super) struct Flights<'a> {
+    ring: Option<Ring<Flight>>,
+    lane: &'a Lane,
+    /// What the ring had no room for, and what has to be done again.
+    waiting: VecDeque<Flight>,
+    pool: Pool,
+    spare: Option<Scratch>,
+    /// How many pieces are being read.
+    reading: usize,
+}
+
+impl<'a> Flights<'a> {
+    pub(super) fn new(lane: &'a Lane, ring: Option<Ring<Flight>>, first: &Piece) -> Flights<'a> {
+        // Pieces of one job have one grain, but the first may be a short one.
+        let len = crate::PIECE_GRAINS as usize * first.grain as usize;
+        let pool = Pool::new(lane.lanes, len, ring.is_some());
+        Flights { ring, lane, waiting: VecDeque::new(), pool, spare: None, reading: 0 }
+    }
+
+    /// Whether pieces are being read, which have to be written afterwards.
+    pub(super) fn is_reading(&self) -> bool {
+        self.reading > 0
+    }
+
+    /// Whether there is a buffer for another piece. What is done by now is taken home first.
+    pub(super) fn has_room(&mut self) -> Result<bool, LaneError> {
+        self.advance()?;
+        if self.spare.is_none() {
+            self.spare = self.pool.take().map_err(|source| LaneError::start(self.lane.number, source))?;
+        }
+        Ok(self.spare.is_some() && self.waiting.is_empty())
+    }
+
+    /// Sets a piece on its way: read by the ring where it is part of a file, or had from the supply and written.
+    ///
+    /// # Panics
+    /// When there is no room.
+    pub(super) fn begin(&mut self, piece: Piece) -> Result<(), LaneError> {
+        self.lane.check_cancel()?;
+        while !self.has_room()? {
+            self.wait()?;
+        }
+        let mut scratch = self.spare.take().expect("a buffer, for which there is room");
+        scratch.reserve(piece.len as usize).map_err(|source| LaneError::start(self.lane.number, source))?;
+        match self.lane.supply.as_file().filter(|file| self.ring.is_some() && file.is_direct()) {
+            Some(file) => self.begin_reading(file, piece, scratch)?,
+            None => {
+                let supplied = self.lane.supply.supply(&piece, &mut scratch);
+                let supplied = supplied.map_err(|source| unsupplied(&piece, source))?;
+                self.begin_writing(Loaded { piece, scratch }, supplied)?;
+            }
+        }
+        self.advance()
+    }
+
+    /// Waits until something comes home.
+    pub(super) fn wait(&mut self) -> Result<(), LaneError> {
+        self.lane.check_cancel()?;
+        if let Some(ring) = &mut self.ring {
+            ring.wait().map_err(|source| LaneError::start(self.lane.number, source))?;
+        }
+        self.advance()
+    }
+
+    /// Waits until everything is home.
+    pub(super) fn land(mut self) -> Result<(), LaneError> {
+        self.advance()?;
+        while self.ring.as_ref().is_some_and(|ring| !ring.is_idle()) || !self.waiting.is_empty() {
+            self.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Starts what waits, as far as there is room, and takes home what is done.
+    fn advance(&mut self) -> Result<(), LaneError> {
+        loop {
+            while self.ring.as_ref().is_some_and(|ring| !ring.is_full()) {
+                let Some(flight) = self.waiting.pop_front() else { break };
+                self.lane.check_cancel()?;
+                self.start(flight)?;
+            }
+            let Some(ring) = &mut self.ring else { return Ok(()) };
+            ring.submit().map_err(|source| LaneError::start(self.lane.number, source))?;
+            let mut is_done = true;
+            while let Some((flight, moved)) = self.ring.as_mut().and_then(Ring::done) {
+                self.pool.learn(flight.since.elapsed());
+                self.arrive(flight, moved)?;
+                is_done = false;
+            }
+            if is_done {
+                return Ok(());
+            }
+        }
+    }
+
+    fn start(&mut self, mut flight: Flight) -> Result<(), LaneError> {
+        let Flight { direction, span, .. } = flight;
+        let (descriptor, len) = match direction {
+            Direction::Read => (self.image(), span.len),
+            Direction::Write => {
+                let direct = self.lane.target.direct.as_deref().expect("a direct write has its file");
+                match direct.ring_write(span.base, span.len, span.offset) {
+                    RingWrite::Inline => {
+                        self.lane.write_direct(direct, span)?;
+                        flight.span.len = 0;
+                        return self.settle(flight);
+                    }
+                    RingWrite::Ring { descriptor, len } => {
+                        add(&self.lane.counters.write_calls, 1);
+                        (descriptor, len.min(span.len))
+                    }
+                    RingWrite::Refused(error) => {
+                        add(&self.lane.counters.write_calls, 1);
+                        return self.arrive(flight, Err(error));
+                    }
+                }
+            }
+        };
+        let transfer = Transfer {
+            direction,
+            descriptor,
+            base: span.base.cast_mut(),
+            // A piece has at most 256 grains of 64 KiB.
+            len: len as u32,
+            offset: span.offset,
+        };
+        flight.since = Instant::now();
+        let ring = self.ring.as_mut().expect("flights are for a ring");
+        // SAFETY: what is written lies in grains that the supply named, which stay until their scratch is used
+        // again; what is read goes to the scratch itself. The flight shares the scratch, and nobody touches it
+        // before the last share comes home. The files are the lane's, which outlives its ring.
+        unsafe { ring.start(transfer, flight) };
+        Ok(())
+    }
+
+    fn image(&self) -> BorrowedFd<'a> {
+        let file = self.lane.supply.as_file().and_then(FileSupply::direct);
+        file.expect("only files with direct I/O are read by a ring")
+    }
+
+    /// Goes on with a request that has come back.
+    fn arrive(&mut self, mut flight: Flight, moved: io::Result<usize>) -> Result<(), LaneError> {
+        let span = flight.span;
+        flight.span = match (flight.direction, moved) {
+            (_, Err(error)) if error.kind() == io::ErrorKind::Interrupted => span,
+            (Direction::Write, Ok(0)) => {
+                return Err(Stop::Failed(io::ErrorKind::WriteZero.into()).at_direct(&span));
+            }
+            (Direction::Write, Ok(moved)) => self.lane.advance_direct(span, moved.min(span.len))?,
+            (Direction::Write, Err(error)) => return Err(Stop::Failed(error).at_direct(&span)),
+            (Direction::Read, moved) => moved
+                .and_then(|moved| self.go_on_reading(span, moved.min(span.len)))
+                .map_err(|source| unsupplied(&flight.loaded.piece, source))?,
+        };
+        self.settle(flight)
+    }
+
+    /// Queues what is left of a request, or gives its share of the buffer up.
+    fn settle(&mut self, flight: Flight) -> Result<(), LaneError> {
+        match (flight.span.len, flight.direction) {
+            (0, Direction::Read) => self.end_reading(flight.loaded),
+            (0, Direction::Write) => {
+                self.end_writing(flight.loaded);
+                Ok(())
+            }
+            _ => {
+                self.waiting.push_front(flight);
+                Ok(())
+            }
+        }
+    }
+
+    /// Reads the marked grains into the buffer: by the ring what is aligned, at once what is not.
+    fn begin_reading(&mut self, file: &FileSupply, piece: Piece, scratch: Scratch) -> Result<(), LaneError> {
+        let loaded = Rc::new(Loaded { piece, scratch });
+        self.reading += 1;
+        for (start, end) in runs(piece.mask) {
+            let (from, to) = piece.bytes_of(start, end);
+            let (base, len) = (loaded.scratch.base().wrapping_add(from), to - from);
+            let offset = file.offset_of(&piece, from).map_err(|source| unsupplied(&piece, source))?;
+            if file.is_aligned(base, len, offset) {
+                let span = Span { base: base.cast_const(), len, offset, region: piece.region };
+                self.queue(&loaded, Direction::Read, span);
+            } else {
+                // SAFETY: these bytes of the scratch are in no request, since runs do not overlap.
+                unsafe { file.read(base, len, offset) }.map_err(|source| unsupplied(&piece, source))?;
+            }
+        }
+        self.end_reading(loaded)
+    }
+
+    /// What is left of a span of which so many bytes were read. Where that is no longer aligned, it is read at
+    /// once.
+    fn go_on_reading(&self, span: Span, moved: usize) -> io::Result<Span> {
+        let (_, rest) = span.split_at(moved);
+        let file = self.lane.supply.as_file().expect("what is read is a file");
+        if moved == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if file.is_aligned(rest.base, rest.len, rest.offset) {
+            return Ok(rest);
+        }
+        // SAFETY: what is left of the request that has just come back, so the kernel has it no more.
+        unsafe { file.read(rest.base.cast_mut(), rest.len, rest.offset) }?;
+        Ok(Span { len: 0, ..rest })
+    }
+
+    /// Gives up a share of a piece that is being read; with the last of them it can be written.
+    fn end_reading(&mut self, loaded: Rc<Loaded>) -> Result<(), LaneError> {
+        let Some(loaded) = Rc::into_inner(loaded) else { return Ok(()) };
+        self.reading -= 1;
+        let supplied = Supplied { base: loaded.scratch.base(), write: loaded.piece.mask };
+        self.begin_writing(loaded, supplied)
+    }
+
+    /// Writes what the supply named: the aligned middle of each run directly, by the ring where there is one, and
+    /// what is left at both ends through the page cache.
+    fn begin_writing(&mut self, loaded: Loaded, supplied: Supplied) -> Result<(), LaneError> {
+        let (lane, piece) = (self.lane, loaded.piece);
+        assert!(
+            piece.holds(&supplied.write),
+            "the supply names grains beyond the piece at {:#x}",
+            piece.offset
+        );
+        if let Some(limit) = &lane.limit {
+            // What is left out costs nothing. A wait that the switch ends is seen before the next write.
+            limit.wait(piece.bytes_in(&supplied.write), &lane.cancel);
+        }
+        let loaded = Rc::new(loaded);
+        for (start, end) in runs(supplied.write) {
+            let (from, to) = piece.bytes_of(start, end);
+            let run = Span {
+                base: supplied.base.wrapping_add(from),
+                len: to - from,
+                offset: piece.target + from as u64,
+                region: piece.region,
+            };
+            let Some(direct) = lane.target.direct.as_deref() else {
+                lane.write_buffered(run)?;
+                continue;
+            };
+            let (head, body) = aligned_middle(run.base.addr(), run.offset, run.len, lane.align);
+            if body == 0 {
+                lane.write_buffered(run)?;
+                continue;
+            }
+            let (head, rest) = run.split_at(head);
+            let (body, tail) = rest.split_at(body);
+            lane.write_buffered(head)?;
+            match self.ring {
+                Some(_) => self.queue(&loaded, Direction::Write, body),
+                None => lane.write_direct(direct, body)?,
+            }
+            lane.write_buffered(tail)?;
+        }
+        add(&lane.counters.bytes_zero, piece.bytes_in(&left_out(&piece, &supplied)));
+        self.end_writing(loaded);
+        Ok(())
+    }
+
+    /// Gives up a share of a piece that is being written; with the last of them its buffer is free.
+    fn end_writing(&mut self, loaded: Rc<Loaded>) {
+        if let Some(Loaded { scratch, .. }) = Rc::into_inner(loaded) {
+            add(&self.lane.counters.pieces, 1);
+            self.pool.put(scratch);
+        }
+    }
+
+    fn queue(&mut self, loaded: &Rc<Loaded>, direction: Direction, span: Span) {
+        let (loaded, since) = (loaded.clone(), Instant::now());
+        self.waiting.push_back(Flight { loaded, direction, span, since });
+    }
+}
+
+/// The grains that the piece asked for and the supply found to be zero.
+fn left_out(piece: &Piece, supplied: &Supplied) -> [u64; 4] {
+    std::array::from_fn(|i| piece.mask[i] & !supplied.write[i])
+}
+
+fn unsupplied(piece: &Piece, source: io::Error) -> LaneError {
+    LaneError::Supply { region: piece.region, offset: piece.offset, source: Arc::new(source) }
+}
