@@ -1,6 +1,7 @@
 //! What the tests that need real QEMUs share: stock QEMU on its own, and images compared with each other.
 
 mod compare;
+pub mod faulty;
 mod footprint;
 mod hook;
 mod proxy;

@@ -6,6 +6,7 @@
 
 mod disks;
 mod ends;
+mod faults;
 mod fits;
 mod lacking;
 mod late;
