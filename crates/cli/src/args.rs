@@ -402,6 +402,8 @@ pub enum ModeArg {
     Eager,
     /// RAM is a private mapping of the image, which must stay as it is while the guest runs
     Map,
+    /// The guest runs at once; its memory comes as it is asked for, and all of it in the background
+    Lazy,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

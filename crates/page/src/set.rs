@@ -94,6 +94,11 @@ impl PageSet {
         Runs { set: self, at: 0 }
     }
 
+    /// The first run of consecutive pages in the set at or behind `from`.
+    pub fn next_run(&self, from: PageIndex) -> Option<PageRange> {
+        Runs { set: self, at: from.0 }.next()
+    }
+
     /// The windows with at least one page in the set, in order.
     pub fn windows(&self) -> impl Iterator<Item = Window> + '_ {
         self.words.chunks((WINDOW_PAGES / 64) as usize).enumerate().filter_map(|(i, words)| {
@@ -170,6 +175,24 @@ mod tests {
         check(65, &[(0, 1), (63, 65)]);
         check(1000, &[(0, 1), (64, 128), (255, 257), (999, 1000)]);
         check(1 << 16, &[(3, 60_000)]);
+    }
+
+    #[test]
+    fn the_next_run_begins_where_one_asks_or_behind() {
+        let mut set = PageSet::new(PageCount(300));
+        set.insert(PageRange::new(10, 20));
+        set.insert(PageRange::new(290, 300));
+        for (from, expected) in [
+            (0, Some((10, 20))),
+            (15, Some((15, 20))),
+            (20, Some((290, 300))),
+            (299, Some((299, 300))),
+            (300, None),
+            (u64::MAX, None),
+        ] {
+            let found = set.next_run(PageIndex(from)).map(|run| (run.start.0, run.end.0));
+            assert_eq!(found, expected, "{from}");
+        }
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub mod source;
 pub use error::{Error, Kind, Result};
 pub use io::{Cancel, Owner};
 pub use job::{
-    ConvertReport, ConvertSettings, DirectIo, Estimate, Mode, Observer, Pace, Phases, Progress,
+    ConvertReport, ConvertSettings, DirectIo, Estimate, FaultReport, Mode, Observer, Pace, Phases, Progress,
     ProgressReading, Record, Rehearsal, RestoreReport, RestoreSettings, ResumeReport, ResumeSettings,
     SaveFormat, SaveReport, SaveSettings, Target, Then, Unobserved, Via, check, check_at, convert, info,
     info_at, rehearse, restore, resume, save,

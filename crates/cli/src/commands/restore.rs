@@ -38,6 +38,7 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
             ModeArg::Auto => Mode::Auto,
             ModeArg::Eager => Mode::Eager,
             ModeArg::Map => Mode::Map,
+            ModeArg::Lazy => Mode::Lazy,
         },
         via: match args.via {
             RestoreViaArg::Auto => Via::Auto,
@@ -107,6 +108,13 @@ fn as_json(report: &RestoreReport) -> serde_json::Value {
         "guest_ready_ms": report.guest_ready.map(ms),
         "resident_ms": report.resident.map(ms),
         "read_bytes": report.read_bytes,
+        "faults": report.faults.map(|faults| json!({
+            "requests": faults.requests,
+            "served": faults.served,
+            "median_us": faults.median.as_micros() as u64,
+            "p99_us": faults.p99.as_micros() as u64,
+            "preempt": faults.preempt,
+        })),
         "phases": phases,
     })
 }

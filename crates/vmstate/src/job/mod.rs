@@ -17,7 +17,7 @@ pub use wire::qemu::fields;
 
 pub use inspect::{DescribedBy, DevicesSettings, SectionContent, SectionReport, devices};
 pub use progress::{Estimate, Pace, Progress, ProgressReading};
-pub use restore::{Mode, Record, RestoreReport, RestoreSettings, Target, restore};
+pub use restore::{FaultReport, Mode, Record, RestoreReport, RestoreSettings, Target, restore};
 pub use resume::{ResumeReport, ResumeSettings, resume};
 pub use save::{Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, rehearse, save};
 

@@ -326,6 +326,27 @@ impl Client {
         }
     }
 
+    /// The names of the children of a QOM object that are of a type.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn qom_children(&mut self, path: &str, kind: &str) -> Result<Vec<String>> {
+        let answer = self.execute("qom-list", json!({ "path": path }))?;
+        let list = answer.as_array().ok_or_else(|| unexpected("qom-list"))?;
+        let is_wanted = |item: &&Value| item["type"].as_str() == Some(&format!("child<{kind}>"));
+        let name = |item: &Value| item["name"].as_str().map(str::to_owned);
+        Ok(list.iter().filter(is_wanted).filter_map(name).collect())
+    }
+
+    /// A QOM property that is a truth value.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn qom_bool(&mut self, path: &str, property: &str) -> Result<bool> {
+        let answer = self.execute("qom-get", json!({ "path": path, "property": property }))?;
+        answer.as_bool().ok_or_else(|| unexpected("qom-get"))
+    }
+
     /// A QOM property that is a string.
     ///
     /// # Errors

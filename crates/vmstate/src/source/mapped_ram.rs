@@ -195,6 +195,19 @@ impl MappedRamFile {
         Ok(())
     }
 
+    /// Reads pages that lie next to each other, all of which are in the image.
+    ///
+    /// # Errors
+    /// [`Kind::Misuse`] where they reach beyond the block or are not as long as `bytes`; [`Kind::Io`].
+    pub(crate) fn read_pages(&self, block: &BlockPlacement, run: PageRange, bytes: &mut [u8]) -> Result<()> {
+        let size = block.page_size.bytes();
+        let end = run.end.0.checked_mul(size).filter(|end| *end <= block.pages.len());
+        if end.is_none() || run.count().0 * size != bytes.len() as u64 {
+            return Err(Error::new(Kind::Misuse, format!("pages {run} of `{}`", block.name)));
+        }
+        self.read_at(bytes, block.pages.start + run.start.0 * size)
+    }
+
     /// Checks what the layout does not tell: every bitmap, and that the device state can be taken apart.
     ///
     /// # Errors

@@ -196,6 +196,6 @@ fn write_zeroes(
 }
 
 /// The configuration of a stream whose pages are in it.
-fn plain(configuration: Configuration) -> Configuration {
+pub(super) fn plain(configuration: Configuration) -> Configuration {
     configuration.without_capability(wire::qemu::format::MAPPED_RAM)
 }

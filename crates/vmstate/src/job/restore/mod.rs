@@ -3,6 +3,7 @@
 mod feed;
 mod fill;
 mod fit;
+mod lazy;
 mod map;
 mod mode;
 mod zero;
@@ -18,6 +19,7 @@ use serde_json::json;
 use wire::qemu::format::MAPPED_RAM;
 
 use self::fill::Filling;
+pub use self::lazy::FaultReport;
 use self::map::Share;
 pub use self::mode::Mode;
 use self::mode::Plan;
@@ -139,6 +141,8 @@ pub struct RestoreReport {
     /// From the call until all memory was resident: for an eager restore the moment of the first instruction;
     /// `None` for a mapped guest, whose memory comes as it is asked for.
     pub resident: Option<Duration>,
+    /// How the guest's own requests for pages fared; of a lazy restore only.
+    pub faults: Option<FaultReport>,
     /// Bytes of pages that were read by the end of the restore.
     pub read_bytes: u64,
     /// How long each phase took.
@@ -213,7 +217,7 @@ pub fn restore(
     );
     watch.phase("settle");
     let qemu_pid = launched.as_ref().map(Launched::pid).or_else(|| session.client.listener_pid());
-    let Loaded { mode, mode_reason, via, reason, run_state, running_at, read_bytes } =
+    let Loaded { mode, mode_reason, via, reason, run_state, running_at, resident_at, faults, read_bytes } =
         match (outcome, launched.as_ref()) {
             (Ok(loaded), _) => loaded,
             // It is ended in a moment, and may not answer before: a load keeps QEMU's monitor busy to its end.
@@ -268,7 +272,8 @@ pub fn restore(
         first_instruction: running_at.duration_since(started),
         first_instruction_from_ready: running_at.duration_since(ready),
         guest_ready: None,
-        resident: is_eager.then(|| running_at.duration_since(started)),
+        resident: resident_at.map(|at| at.duration_since(started)),
+        faults,
         read_bytes,
         phases,
         foreground,
@@ -320,6 +325,8 @@ struct Loaded {
     reason: Option<String>,
     run_state: String,
     running_at: Instant,
+    resident_at: Option<Instant>,
+    faults: Option<FaultReport>,
 }
 
 /// Compares the image with the target, has its memory filled and QEMU load the rest, and brings the guest
@@ -341,6 +348,11 @@ fn load(
     watch.phase("compare");
     require_waiting(session)?;
     fit::compare(image, session, pid, settings.force, watch.observer)?;
+    if plan.mode == Mode::Lazy {
+        let Image::MappedRam(image) = image else { return Err(mode::refuse_stream()) };
+        let run = wants_to_run(settings, image.run_state()?, wants_pause);
+        return lazy::load(image, session, pid, run, watch, cancel, let_go);
+    }
     let mapped = plan.settle(image, session, pid, watch.observer)?;
     let (way, reason) = match (image, mapped) {
         (Image::MappedRam(image), Some(shares)) => (Way::Mapped(image, shares), None),
@@ -400,13 +412,7 @@ fn load(
     }
 
     watch.phase("run");
-    let recorded = image.run_state()?.unwrap_or("running");
-    let run = match settings.record {
-        Record::Running => true,
-        Record::Paused => false,
-        // A suspended guest has to be let go, too, so that it can be woken.
-        Record::AsItWas => matches!(recorded, "running" | "suspended") && !wants_pause,
-    };
+    let run = wants_to_run(settings, image.run_state()?, wants_pause);
     if cancel.is_cancelled() {
         return Err(Error::interrupted());
     }
@@ -424,7 +430,28 @@ fn load(
     }
     let running_at = Instant::now();
     let run_state = session.client.status()?.status;
-    Ok(Loaded { mode: plan.mode, mode_reason: plan.reason, read_bytes, via, reason, run_state, running_at })
+    let resident_at = (plan.mode == Mode::Eager).then_some(running_at);
+    Ok(Loaded {
+        mode: plan.mode,
+        mode_reason: plan.reason,
+        read_bytes,
+        via,
+        reason,
+        run_state,
+        running_at,
+        resident_at,
+        faults: None,
+    })
+}
+
+/// Whether the guest shall run after the restore.
+fn wants_to_run(settings: &RestoreSettings, recorded: Option<&str>, wants_pause: bool) -> bool {
+    match settings.record {
+        Record::Running => true,
+        Record::Paused => false,
+        // A suspended guest has to be let go, too, so that it can be woken.
+        Record::AsItWas => matches!(recorded.unwrap_or("running"), "running" | "suspended") && !wants_pause,
+    }
 }
 
 /// The ways for RAM into a target.

@@ -29,6 +29,9 @@ pub enum Mode {
     Eager,
     /// When the guest asks for it: its RAM is a private mapping of the image.
     Map,
+    /// When the guest asks for it, and all of it in the background: when the restore is over, the guest is an
+    /// ordinary one with no tie to the image.
+    Lazy,
 }
 
 impl Mode {
@@ -38,6 +41,7 @@ impl Mode {
             Mode::Auto => "auto",
             Mode::Eager => "eager",
             Mode::Map => "map",
+            Mode::Lazy => "lazy",
         }
     }
 }
@@ -113,16 +117,21 @@ pub(super) fn plan(
     let eager = |reason: &str| Ok(Plan::eager(reason, observer));
     let mapped = match settings.mode {
         Mode::Eager => return Ok(Plan::asked(Mode::Eager)),
+        Mode::Lazy if settings.via != Via::Auto => {
+            return Err(Error::new(Kind::Misuse, "--mode lazy together with --via")
+                .hint("leave --via out: vmstate carries the RAM of a lazy restore"));
+        }
+        Mode::Lazy => match image {
+            Image::MappedRam(_) => return Ok(Plan::asked(Mode::Lazy)),
+            Image::Stream(_) => return Err(refuse_stream()),
+        },
         Mode::Map if settings.via != Via::Auto => {
             return Err(Error::new(Kind::Misuse, "--mode map together with --via")
                 .hint("leave --via out: nobody carries the RAM of a mapped image"));
         }
         Mode::Map => match image {
             Image::MappedRam(image) => image,
-            Image::Stream(_) => {
-                return Err(Error::new(Kind::Unsupported, "the pages of a stream lie amid its records")
-                    .hint("restore with --mode eager, or save in the format mapped-ram"));
-            }
+            Image::Stream(_) => return Err(refuse_stream()),
         },
         Mode::Auto => match image {
             Image::Stream(_) => return eager("the pages of a stream lie amid its records"),
@@ -152,6 +161,12 @@ pub(super) fn plan(
         Err(error) if settings.mode == Mode::Auto && error.kind() != Kind::Io => eager(&error.chain()),
         Err(error) => Err(error),
     }
+}
+
+/// Why a stream is neither mapped nor read on demand.
+pub(super) fn refuse_stream() -> Error {
+    Error::new(Kind::Unsupported, "the pages of a stream lie amid its records")
+        .hint("restore with --mode eager, or save in the format mapped-ram")
 }
 
 /// The command line that maps the image by a descriptor, and that descriptor.

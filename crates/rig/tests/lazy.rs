@@ -1,0 +1,154 @@
+//! Restore on demand: the guest runs before its memory has come, and is whole when it has.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
+use vmstate::net::QmpAddress;
+use vmstate::{
+    Cancel, Kind, Mode, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Unobserved,
+};
+use vmstate_rig::{DEADLINE, Difference, client};
+
+struct Saved {
+    _dir: tempfile::TempDir,
+    image: PathBuf,
+    spec: QemuSpec,
+    round: u32,
+}
+
+/// A guest that fills what it owns and then keeps writing to it, saved while it ran.
+fn saved(spec: QemuSpec, pages: u32) -> Saved {
+    let settings = GuestSettings { pages_low_max: pages, fill_rounds: 1, ..GuestSettings::default() };
+    let spec = QemuSpec { guest: Some(Guest::new(settings)), ..spec };
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let image = dir.path().join("vm.img");
+    let mut source = spec.start().unwrap();
+    source.wait_for_round(2, DEADLINE).unwrap();
+    let round = save(&mut source, &image);
+    Saved { _dir: dir, image, spec, round }
+}
+
+/// Saves a guest and says which round it had finished.
+fn save(qemu: &mut Qemu, image: &Path) -> u32 {
+    let settings =
+        SaveSettings { overwrite: true, ..SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), image) };
+    vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved)
+        .unwrap_or_else(|error| panic!("{}", error.chain()));
+    qemu.serial.latest_round().unwrap()
+}
+
+fn waiting(saved: &Saved, backend: MemoryBackend) -> Qemu {
+    QemuSpec { backend, incoming: Incoming::Defer, ..saved.spec.clone() }.start().unwrap()
+}
+
+fn restore(image: &Path, target: &Qemu, record: Record) -> Result<RestoreReport> {
+    let address = Target::Waiting(QmpAddress::Unix(target.qmp_path()));
+    let settings = RestoreSettings { mode: Mode::Lazy, record, ..RestoreSettings::new(image, address) };
+    vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved)
+}
+
+#[test]
+fn a_guest_runs_before_its_memory_has_come_and_is_whole_when_it_has() {
+    for machine in [MachineKind::Q35, MachineKind::Pc] {
+        let saved = saved(QemuSpec::new(machine, 256 << 20), 40_000);
+        for backend in [
+            MemoryBackend::Plain,
+            MemoryBackend::Memfd,
+            MemoryBackend::Object("memory-backend-memfd,share=off".to_owned()),
+            MemoryBackend::Ram,
+        ] {
+            let name = format!("{} {backend}", machine.name());
+            let mut target = waiting(&saved, backend);
+            let report = restore(&saved.image, &target, Record::AsItWas)
+                .unwrap_or_else(|error| panic!("{name}: {}; {}", error.chain(), target.stderr()));
+            assert_eq!(report.run_state, "running", "{name}");
+            let faults = report.faults.unwrap();
+            assert!(faults.served > 0, "{name}: {faults:?}");
+            assert!(Some(report.first_instruction) < report.resident, "{name}: {report:?}");
+            // The guest verifies every page in each round, and halts at the first that is not right.
+            target.wait_for_round(saved.round + 2, DEADLINE).expect(&name);
+            let left_on = client(&target).capabilities().unwrap();
+            assert!(left_on.iter().all(|c| !c.state || c.name == "events"), "{name}: {left_on:?}");
+        }
+    }
+}
+
+/// Many guests, each saved at another moment and restored on demand, the next one from the one before.
+fn rounds(spec: QemuSpec, count: u32) {
+    let mut saved = saved(QemuSpec { ..spec }, 3000);
+    let next = saved.image.with_extension("next");
+    for round in 0..count {
+        let mut target = waiting(&saved, MemoryBackend::Plain);
+        let report = restore(&saved.image, &target, Record::AsItWas)
+            .unwrap_or_else(|error| panic!("round {round}: {}; {}", error.chain(), target.stderr()));
+        assert_eq!(report.run_state, "running", "round {round}");
+        target
+            .wait_for_round(saved.round + 2, DEADLINE)
+            .unwrap_or_else(|error| panic!("round {round}: {error}"));
+        saved.round = save(&mut target, &next);
+        std::fs::rename(&next, &saved.image).unwrap();
+    }
+}
+
+fn is_full() -> bool {
+    std::env::var_os("VMSTATE_TEST_FULL").is_some()
+}
+
+#[test]
+fn guests_go_from_restore_to_restore() {
+    rounds(QemuSpec::new(MachineKind::Q35, 64 << 20), if is_full() { 500 } else { 24 });
+}
+
+#[test]
+fn guests_go_from_restore_to_restore_in_qemu_7_2() {
+    let program = lab::assets_dir().join("qemu72/qemu-system-x86_64");
+    if !is_full() || !program.exists() {
+        let why = "skipped: QEMU 7.2: it is a part of make test-full (VMSTATE_TEST_FULL), which unpacks it\n";
+        std::io::stderr().write_all(why.as_bytes()).unwrap();
+        return;
+    }
+    let spec = QemuSpec {
+        program,
+        machine_version: Some("pc-q35-7.2".to_owned()),
+        ..QemuSpec::new(MachineKind::Q35, 64 << 20)
+    };
+    rounds(spec, 500);
+}
+
+#[test]
+fn a_guest_that_is_to_stay_paused_has_all_its_memory() {
+    let saved = saved(QemuSpec::new(MachineKind::Q35, 128 << 20), 20_000);
+    let mut target = waiting(&saved, MemoryBackend::Plain);
+    let report = restore(&saved.image, &target, Record::Paused).unwrap();
+    assert_eq!(report.run_state, "paused");
+    let again = saved.image.with_extension("again");
+    save(&mut target, &again);
+    // The clock goes on and the state was recorded; not a byte of RAM differs.
+    for difference in vmstate_rig::compare_images(&saved.image, &again) {
+        assert!(matches!(difference, Difference::Section(..)), "{difference:?}");
+    }
+    client(&target).cont().unwrap();
+    target.wait_for_round(saved.round + 2, DEADLINE).unwrap();
+}
+
+#[test]
+fn memory_that_is_somebodys_file_is_refused_and_left_alone() {
+    let saved = saved(QemuSpec::new(MachineKind::Q35, 64 << 20), 1000);
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let shm = tempfile::tempdir_in("/dev/shm").unwrap();
+    let hint = "give the target plain memory, a memory-backend-memfd, or a file on tmpfs with share=on";
+    for (path, share, why) in [
+        (dir.path().join("ram"), "on", "a file on a disk, in which no fault can be caught"),
+        (shm.path().join("ram"), "off", "a private file (share=off), into which QEMU would punch holes"),
+    ] {
+        std::fs::write(&path, vec![0x5a; 64 << 20]).unwrap();
+        let object = format!("memory-backend-file,share={share},mem-path={}", path.display());
+        let target = waiting(&saved, MemoryBackend::Object(object));
+        let error = restore(&saved.image, &target, Record::AsItWas).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert_eq!(error.to_string(), format!("target's memory `pc.ram` is {why}: {}", path.display()));
+        assert_eq!(error.hint_text(), Some(hint));
+        assert!(std::fs::read(&path).unwrap()[1 << 20..].iter().all(|byte| *byte == 0x5a), "{why}");
+    }
+}

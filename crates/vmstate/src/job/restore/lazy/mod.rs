@@ -1,0 +1,260 @@
+//! Restore on demand: the guest runs at once, and its memory comes as it is asked for and in the background.
+//!
+//! vmstate is the source of a postcopy migration that has an image instead of a guest. When the stream ends the
+//! guest is an ordinary one, with no tie to vmstate or to the image.
+
+mod fit;
+mod latency;
+mod ledger;
+mod server;
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use io::Cancel;
+use serde_json::json;
+use wire::postcopy::{Opening, Requests};
+use wire::qemu::format::QEMU_VM_EOF;
+use wire::qemu::{DiscardRange, PostcopyAdvise, Preamble, RamSetup};
+
+use self::fit::{Fit, fit, tells_page_size};
+use self::server::{Served, Server, Signs};
+use super::feed::{EXIT_ON_ERROR_SINCE, plain};
+use super::{Loaded, Mode, RUN_TIMEOUT, Via, load_failed};
+use crate::job::{Observer, Stopwatch};
+use crate::qemu::Session;
+use crate::source::MappedRamFile;
+use crate::{Error, Kind, Result};
+
+/// The name under which QEMU receives the socket.
+const CHANNEL: &str = "vmstate-lazy";
+/// The capabilities.
+const POSTCOPY_RAM: &str = "postcopy-ram";
+
+/// How long a guest waited for pages that it asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultReport {
+    /// How many requests came; a page may be asked for twice.
+    pub requests: u64,
+    /// How many of them a page was sent for.
+    pub served: u64,
+    /// From a request's arrival until its page was in the socket: half of them took no longer.
+    pub median: Duration,
+    /// The same for 99 of 100.
+    pub p99: Duration,
+    /// Whether the pages that were asked for had a connection of their own (QEMU's postcopy-preempt).
+    pub preempt: bool,
+}
+
+/// Brings the guest of `image` up in a QEMU that waits, and returns when all of its memory is there. `let_go` is set
+/// as soon as the guest may run.
+///
+/// # Errors
+/// As [`restore`](super::restore).
+pub(super) fn load(
+    image: &MappedRamFile,
+    session: &mut Session,
+    pid: Option<u32>,
+    run: bool,
+    watch: &mut Stopwatch<'_>,
+    cancel: &Cancel,
+    let_go: &mut bool,
+) -> Result<Loaded> {
+    let fit = fit(image, session, pid)?;
+    watch.phase("load");
+    watch.progress.expect(fit.ledger.left_bytes());
+    session
+        .configure(&[POSTCOPY_RAM], &[("mode", json!("normal")), ("tls-creds", json!(""))])
+        .map_err(explain_refusal)?;
+    let (opening, setup) = opening(image, &fit)?;
+    let (ours, theirs) =
+        UnixStream::pair().map_err(|error| Error::io("cannot create a socket pair", error))?;
+    session.give_fd(CHANNEL, theirs.as_fd())?;
+    drop(theirs);
+
+    // QEMU starts the guest, or does not, by what it was told last.
+    if run {
+        session.client.cont()?
+    } else {
+        session.client.stop()?
+    }
+    let mut arguments = json!({ "uri": format!("fd:{CHANNEL}") });
+    if (session.version.major, session.version.minor) >= EXIT_ON_ERROR_SINCE {
+        arguments["exit-on-error"] = false.into();
+    }
+    session.incoming(CHANNEL, arguments)?;
+
+    let mut server = Server::new(image, fit.ledger, Requests::new(fit.blocks), &setup, ours, None);
+    server.open_with(opening);
+    let signs = Signs::default();
+    let stop = Cancel::new().map_err(|error| Error::io("cannot create an eventfd", error))?;
+    let counters = watch.progress.counters();
+    let (running, served) = std::thread::scope(|scope| {
+        let served = scope.spawn(|| (server.serve(&signs, counters, &stop), Instant::now()));
+        let running = wait_until_running(session, run, &signs, watch.observer, cancel);
+        if running.is_err() && !signs.may_run.load(Ordering::Acquire) {
+            stop.cancel();
+        }
+        let served = served.join();
+        (
+            running,
+            served.unwrap_or_else(|_| {
+                (Err(Error::new(Kind::Io, "the thread that serves pages panicked")), Instant::now())
+            }),
+        )
+    });
+    let (served, resident_at) = served;
+    *let_go = signs.may_run.load(Ordering::Acquire);
+    let served = match (served, running.as_ref()) {
+        (Ok(served), Ok(_)) => served,
+        // What the server says is the cause; that QEMU went away, its echo.
+        (Err(error), _) if error.kind() != Kind::Peer => return Err(broken(error, session, &signs, let_go)),
+        (_, Err(_)) => return Err(broken(running.unwrap_err(), session, &signs, let_go)),
+        (Err(error), _) => return Err(broken(error, session, &signs, let_go)),
+    };
+    let end = session.incoming_end()?;
+    if end.status != "completed" {
+        return Err(load_failed(&end));
+    }
+    let Served { requests, latencies, read_bytes } = served;
+    let faults = FaultReport {
+        requests,
+        served: latencies.count(),
+        median: latencies.quantile(0.5).unwrap_or_default(),
+        p99: latencies.quantile(0.99).unwrap_or_default(),
+        preempt: false,
+    };
+    let running_at = running?.unwrap_or(resident_at);
+    watch.progress.complete();
+    Ok(Loaded {
+        mode: Mode::Lazy,
+        mode_reason: None,
+        read_bytes,
+        via: Via::Socket,
+        reason: None,
+        run_state: session.client.status()?.status,
+        running_at,
+        resident_at: Some(resident_at),
+        faults: Some(faults),
+    })
+}
+
+/// Waits until the guest runs and says since when; `None` where it is to stay paused.
+///
+/// An interrupt ends the wait as long as the guest cannot run. From then on it depends on this process, which goes on
+/// until all memory is there.
+fn wait_until_running(
+    session: &mut Session,
+    run: bool,
+    signs: &Signs,
+    observer: &dyn Observer,
+    cancel: &Cancel,
+) -> Result<Option<Instant>> {
+    let mut warned = false;
+    loop {
+        match session.client.next_event(None) {
+            Ok(Some(event)) if event.name == "RESUME" && run => {
+                session.client.ignore_cancel(RUN_TIMEOUT);
+                return Ok(Some(Instant::now()));
+            }
+            Ok(Some(event)) if event.name == "MIGRATION" => {}
+            Ok(_) => continue,
+            Err(error) if error.kind() == Kind::Interrupted && signs.may_run.load(Ordering::Acquire) => {
+                session.client.ignore_cancel(RUN_TIMEOUT);
+            }
+            Err(error) => return Err(error),
+        }
+        if cancel.is_cancelled() && signs.may_run.load(Ordering::Acquire) && !warned {
+            warned = true;
+            observer.warn("the guest needs this process until its memory is there: it goes on");
+        }
+        let info = session.client.migration()?;
+        match info.status.as_str() {
+            "completed" if run => {
+                // QEMU does not say why it started nothing: its disks, mostly. Asked again it does.
+                session.client.cont()?;
+                return Ok(Some(Instant::now()));
+            }
+            "completed" => return Ok(None),
+            "failed" => return Err(load_failed(&info)),
+            "postcopy-paused" => return Err(Error::new(Kind::Peer, "QEMU has paused the migration")),
+            _ => {}
+        }
+    }
+}
+
+/// The error that a lazy restore broke off with: what became of the guest, and what mends it.
+fn broken(error: Error, session: &mut Session, signs: &Signs, let_go: &mut bool) -> Error {
+    if *let_go && !signs.has_loaded.load(Ordering::Acquire) {
+        // QEMU ends where its source goes away before it has loaded the devices; whether it has, only it can tell.
+        session.client.ignore_cancel(RUN_TIMEOUT);
+        *let_go = session.client.status().is_ok();
+    }
+    if !*let_go {
+        return error;
+    }
+    error.hint("the guest waits for the rest of its memory: give it that with vmstate restore --resume IMAGE --qmp ADDR")
+}
+
+/// What mends a QEMU that refuses postcopy.
+fn explain_refusal(error: Error) -> Error {
+    // "Userfaultfd not available: Operation not permitted" since 8.0; "Userfaultfd not available" before, on stderr.
+    let text = error.chain();
+    if error.kind() == Kind::Unsupported {
+        return error.hint("restore with --mode eager");
+    }
+    if text.contains("serfault") || text.contains("Postcopy is not supported") {
+        return error.hint(
+            "let QEMU's user catch faults: sysctl vm.unprivileged_userfaultfd=1, access to /dev/userfaultfd, \
+             or CAP_SYS_PTRACE; or restore with --mode eager",
+        );
+    }
+    error
+}
+
+/// The bytes that come before the first page, and the list of blocks in them.
+fn opening(image: &MappedRamFile, fit: &Fit) -> Result<(Vec<u8>, RamSetup)> {
+    let layout = image.layout();
+    let setup = RamSetup {
+        blocks: layout
+            .blocks
+            .iter()
+            .zip(&fit.blocks)
+            .map(|(block, target)| {
+                let page_size =
+                    tells_page_size(target.host_page, fit.target_page).then_some(target.host_page);
+                wire::qemu::BlockEntry { page_size, address: None, ..block.entry() }
+            })
+            .collect(),
+        multifd_flush: false,
+    };
+    let device_state = image.read(layout.device_state)?;
+    let Some(sections) = device_state.strip_suffix(&[QEMU_VM_EOF]) else {
+        let clause = format!("{}: device state has no end mark", image.path().display());
+        return Err(Error::new(Kind::Damaged, clause));
+    };
+    // One page, of which nothing was sent yet: that there is a discard is what matters.
+    let discards = fit
+        .blocks
+        .first()
+        .map(|block| (block.name.clone(), vec![DiscardRange { start: 0, len: block.host_page }]));
+    let opening = Opening {
+        preamble: Preamble { configuration: layout.preamble.configuration.clone().map(plain) },
+        section_id: layout.ram.section_id,
+        setup: setup.clone(),
+        advise: PostcopyAdvise {
+            page_size_summary: fit.page_size_summary,
+            target_page_size: fit.target_page,
+        },
+        discards: discards.into_iter().collect(),
+        device_state: sections,
+    };
+    let mut bytes = Vec::with_capacity(sections.len() + (64 << 10));
+    match opening.encode(&mut bytes) {
+        Some(()) => Ok((bytes, setup)),
+        None => Err(Error::new(Kind::Unsupported, "the device state is longer than 4 GiB")
+            .hint("restore with --mode eager")),
+    }
+}

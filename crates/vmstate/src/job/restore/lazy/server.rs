@@ -1,0 +1,421 @@
+//! The source of a postcopy that has an image instead of a guest: one thread, one loop, sockets that never block it.
+//!
+//! What is asked for goes first; the background fills what is left of the socket. Nothing here waits for QEMU's
+//! monitor: QEMU's main loop may itself wait for a page.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use io::{Cancel, Counters};
+use page::{PageIndex, PageRange};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{Advice, fadvise};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use wire::DecodeError;
+use wire::postcopy::format::PING_PACKAGED;
+use wire::postcopy::{Message, Requests, Wanted, decode_message};
+use wire::qemu::{Item, RamSetup, RecordEncoder};
+
+use super::latency::Latencies;
+use super::ledger::Ledger;
+use crate::source::MappedRamFile;
+use crate::{Error, Kind, Result};
+
+/// How much of the background is queued at once where it shares its socket with the faults: they wait behind it.
+const CHUNK_SHARED: u64 = 64 << 10;
+/// The same where they have a channel of their own.
+const CHUNK_ALONE: u64 = 256 << 10;
+/// How much is queued for faults before the queue has to drain.
+const ANSWERS_LEN_MAX: usize = 256 << 10;
+/// How many requests are taken before the first of them is answered; a target has one a virtual processor.
+const REQUESTS_MAX: usize = 1 << 12;
+/// How much of the return path is read at once.
+const INBOX_LEN: usize = 16 << 10;
+/// How far ahead of the background the kernel is told to read, in bytes, and in which steps.
+const AHEAD_LEN: u64 = 16 << 20;
+const AHEAD_STEP: u64 = 4 << 20;
+
+/// What the server tells while it runs.
+#[derive(Debug, Default)]
+pub(super) struct Signs {
+    /// All of the opening is on its way: from here on the guest may run at any moment.
+    pub may_run: AtomicBool,
+    /// QEMU has loaded the devices; RUN is what it reads next.
+    pub has_loaded: AtomicBool,
+}
+
+/// What a server did that came to its end.
+#[derive(Debug)]
+pub(super) struct Served {
+    /// Requests, repeated ones included.
+    pub requests: u64,
+    /// From a request's arrival until its page was in the socket, while the background still had pages to send.
+    pub latencies: Latencies,
+    /// Bytes of pages that were read from the image.
+    pub read_bytes: u64,
+}
+
+/// One direction of one connection: bytes on their way out, and when each answer among them was asked for.
+struct Channel {
+    socket: UnixStream,
+    out: Vec<u8>,
+    /// How much of `out` has gone.
+    gone: usize,
+    /// Where in `out` an answer ends, and since when it is waited for.
+    answers: VecDeque<(usize, Instant)>,
+    records: RecordEncoder,
+}
+
+impl Channel {
+    fn new(socket: UnixStream, setup: &RamSetup) -> Channel {
+        Channel {
+            socket,
+            out: Vec::new(),
+            gone: 0,
+            answers: VecDeque::new(),
+            records: RecordEncoder::new(setup),
+        }
+    }
+
+    fn pending(&self) -> usize {
+        self.out.len() - self.gone
+    }
+
+    /// Sends what the socket takes.
+    fn flush(&mut self, latencies: &mut Latencies) -> Result<(), Errno> {
+        while self.gone < self.out.len() {
+            match send(&self.socket, &self.out[self.gone..], SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(len) => self.gone += len,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        while let Some((end, since)) = self.answers.front()
+            && *end <= self.gone
+        {
+            latencies.add(since.elapsed());
+            self.answers.pop_front();
+        }
+        if self.gone == self.out.len() {
+            self.out.clear();
+            self.gone = 0;
+        }
+        Ok(())
+    }
+}
+
+/// How far the conversation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Pages are sent.
+    Filling,
+    /// The end was sent; only the preempt channel still answers.
+    Ending,
+    /// The target has said that it has all.
+    Done,
+}
+
+pub(super) struct Server<'a> {
+    image: &'a MappedRamFile,
+    ledger: Ledger,
+    requests: Requests,
+    section_id: u32,
+    main: Channel,
+    urgent: Option<Channel>,
+    inbox: Vec<u8>,
+    /// The offset on the return path of the inbox's first byte.
+    inbox_at: u64,
+    waiting: VecDeque<(Wanted, Instant)>,
+    stage: Stage,
+    served: Served,
+    scratch: Vec<u8>,
+    advised: Option<(usize, u64)>,
+}
+
+impl<'a> Server<'a> {
+    /// A server of the pages that `ledger` has left. `received` is what was already read of the return path.
+    pub(super) fn new(
+        image: &'a MappedRamFile,
+        ledger: Ledger,
+        requests: Requests,
+        setup: &RamSetup,
+        main: UnixStream,
+        urgent: Option<UnixStream>,
+    ) -> Server<'a> {
+        Server {
+            image,
+            ledger,
+            requests,
+            section_id: image.layout().ram.section_id,
+            main: Channel::new(main, setup),
+            urgent: urgent.map(|socket| Channel::new(socket, setup)),
+            inbox: Vec::with_capacity(INBOX_LEN),
+            inbox_at: 0,
+            waiting: VecDeque::new(),
+            stage: Stage::Filling,
+            served: Served { requests: 0, latencies: Latencies::new(), read_bytes: 0 },
+            scratch: Vec::new(),
+            advised: None,
+        }
+    }
+
+    /// Puts bytes in front of everything else on the main channel.
+    pub(super) fn open_with(&mut self, bytes: Vec<u8>) {
+        self.main.out = bytes;
+    }
+
+    /// Serves until the target has all that the image has. `stop` ends it early; nobody throws it once the guest
+    /// may run.
+    ///
+    /// Whatever it ends by, the connections are closed then: a target that lacks pages notices, and waits to be
+    /// taken up again.
+    ///
+    /// # Errors
+    /// [`Kind::Io`] where the image cannot be read, [`Kind::Peer`] where the target lies or goes away,
+    /// [`Kind::Interrupted`].
+    pub(super) fn serve(mut self, signs: &Signs, counters: &Counters, stop: &Cancel) -> Result<Served> {
+        let mut opened = false;
+        self.take_messages(signs)?;
+        while self.stage != Stage::Done {
+            self.answer()?;
+            self.fill(counters)?;
+            self.flush()?;
+            if !opened && self.main.pending() == 0 {
+                opened = true;
+                signs.may_run.store(true, Ordering::Release);
+            }
+            self.wait(stop)?;
+            if stop.is_cancelled() {
+                return Err(Error::interrupted());
+            }
+            self.receive(signs)?;
+        }
+        Ok(self.served)
+    }
+
+    /// Waits until something can be done.
+    fn wait(&self, stop: &Cancel) -> Result<()> {
+        let when = |wanted: bool, flag: PollFlags| if wanted { flag } else { PollFlags::empty() };
+        // Where the main channel has nothing queued, the background has more for it until the end was sent.
+        let has_more = self.stage == Stage::Filling && self.waiting.is_empty();
+        let main = when(self.waiting.len() < REQUESTS_MAX, PollFlags::IN)
+            | when(self.main.pending() > 0 || has_more, PollFlags::OUT);
+        let mut fds = vec![PollFd::new(stop, PollFlags::IN), PollFd::new(&self.main.socket, main)];
+        if let Some(urgent) = self.urgent.as_ref().filter(|urgent| urgent.pending() > 0) {
+            fds.push(PollFd::from_borrowed_fd(urgent.socket.as_fd(), PollFlags::OUT));
+        }
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(Error::io("cannot wait for QEMU", error)),
+        }
+    }
+
+    /// Reads what has come on the return path.
+    fn receive(&mut self, signs: &Signs) -> Result<()> {
+        while self.waiting.len() < REQUESTS_MAX {
+            let had = self.inbox.len();
+            self.inbox.resize(had + INBOX_LEN, 0);
+            let received = recv(&self.main.socket, &mut self.inbox[had..], RecvFlags::DONTWAIT);
+            self.inbox.truncate(had + received.as_ref().map_or(0, |(len, _)| *len));
+            match received {
+                Ok((0, _)) => return Err(self.gone_away(None)),
+                Ok(_) => self.take_messages(signs)?,
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(self.gone_away(Some(error))),
+            }
+            if self.stage == Stage::Done {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the whole messages of the inbox.
+    fn take_messages(&mut self, signs: &Signs) -> Result<()> {
+        let now = Instant::now();
+        let mut taken = 0;
+        loop {
+            let at = self.inbox_at + taken as u64;
+            let (message, len) = match decode_message(&self.inbox[taken..], at) {
+                Ok(found) => found,
+                Err(DecodeError::Incomplete { .. }) => break,
+                Err(DecodeError::Fault(fault)) => return Err(lies(fault)),
+            };
+            taken += len;
+            match message {
+                Message::RequestPages(request) => {
+                    let wanted = self.requests.judge(&request, at).map_err(lies)?;
+                    self.served.requests += 1;
+                    self.waiting.push_back((wanted, now));
+                }
+                Message::Pong(PING_PACKAGED) => signs.has_loaded.store(true, Ordering::Release),
+                Message::Pong(_) | Message::SwitchoverAck => {}
+                Message::Shut(0) if self.stage == Stage::Ending => {
+                    self.stage = Stage::Done;
+                    break;
+                }
+                Message::Shut(error) => {
+                    let clause = format!("QEMU ended the migration before it had all pages (error {error})");
+                    return Err(Error::new(Kind::Peer, clause));
+                }
+                Message::ReceivedBitmap { .. } | Message::ResumeAck(_) => {
+                    let clause = format!("QEMU sent what nobody asked for at {at:#x} of the return path");
+                    return Err(Error::new(Kind::Peer, clause));
+                }
+            }
+        }
+        self.inbox.drain(..taken);
+        self.inbox_at += taken as u64;
+        Ok(())
+    }
+
+    /// Queues the pages that were asked for, as far as they were not sent already.
+    fn answer(&mut self) -> Result<()> {
+        while let Some((wanted, since)) = self.waiting.front().copied() {
+            let channel = self.urgent.as_ref().unwrap_or(&self.main);
+            if channel.pending() > ANSWERS_LEN_MAX {
+                return Ok(());
+            }
+            // Without the main channel there is nothing to answer on, and nobody who would have to be: when the
+            // target has read the end, a page that is missing is zero.
+            let is_answered = self.urgent.is_none() && self.stage != Stage::Filling;
+            let page = wanted.pages.start;
+            if !is_answered && self.ledger.take(wanted.block, page) {
+                let one = PageRange::new(page.0, page.0 + 1);
+                self.queue(wanted.block, one, Some(since))?;
+            }
+            match self.waiting.front_mut() {
+                Some((rest, _)) if page.0 + 1 < rest.pages.end.0 && !is_answered => {
+                    rest.pages.start = PageIndex(page.0 + 1);
+                }
+                _ => drop(self.waiting.pop_front()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Queues the next pages of the background, or the end.
+    fn fill(&mut self, counters: &Counters) -> Result<()> {
+        if self.stage != Stage::Filling || self.main.pending() > 0 || !self.waiting.is_empty() {
+            return Ok(());
+        }
+        let chunk = if self.urgent.is_some() { CHUNK_ALONE } else { CHUNK_SHARED };
+        match self.ledger.next(chunk) {
+            Some((block, run)) => {
+                self.read_ahead(block, run);
+                self.queue(block, run, None)?;
+                counters.bytes_written.store(self.served.read_bytes, Ordering::Relaxed);
+            }
+            None => self.end(),
+        }
+        Ok(())
+    }
+
+    /// Queues the end of RAM and of the stream.
+    fn end(&mut self) {
+        let section_id = self.section_id;
+        let Channel { out, records, .. } = &mut self.main;
+        Item::End { section_id }.encode(out);
+        records.eos(out);
+        Item::Footer { section_id }.encode(out);
+        Item::Eof.encode(out);
+        self.stage = Stage::Ending;
+    }
+
+    /// Queues host pages: an answer on the preempt channel if there is one, all else on the main channel.
+    fn queue(&mut self, block: usize, pages: PageRange, since: Option<Instant>) -> Result<()> {
+        let account = &self.ledger.accounts[block];
+        let place = &self.image.layout().blocks[block];
+        let target = account.target_pages(pages);
+        let page = account.target_page;
+        let (channel, section_id) = match (&mut self.urgent, since) {
+            (Some(urgent), Some(_)) => (urgent, None),
+            _ => (&mut self.main, Some(self.section_id)),
+        };
+        let out = &mut channel.out;
+        if let Some(section_id) = section_id {
+            Item::Part { section_id }.encode(out);
+        }
+        let mut at = target.start;
+        while at < target.end {
+            let run = account.data.next_run(at).map(|run| (run.start.max(at), run.end.min(target.end)));
+            let (data_start, data_end) = match run {
+                Some((start, end)) if start < target.end => (start, end),
+                _ => (target.end, target.end),
+            };
+            for zero in at.0..data_start.0 {
+                channel.records.zero(block, zero * page, out);
+            }
+            let data = PageRange::new(data_start.0, data_end.0);
+            self.scratch.resize((data.count().0 * page) as usize, 0);
+            self.image.read_pages(place, data, &mut self.scratch)?;
+            self.served.read_bytes += self.scratch.len() as u64;
+            for (index, bytes) in (data_start.0..).zip(self.scratch.chunks_exact(page as usize)) {
+                channel.records.page_head(block, index * page, out);
+                out.extend_from_slice(bytes);
+            }
+            at = data_end;
+        }
+        if let Some(section_id) = section_id {
+            channel.records.eos(out);
+            Item::Footer { section_id }.encode(out);
+        }
+        if let Some(since) = since {
+            channel.answers.push_back((out.len(), since));
+        }
+        Ok(())
+    }
+
+    /// Tells the kernel what the background reads soon. It is only asked: what it does not do costs time later.
+    fn read_ahead(&mut self, block: usize, run: PageRange) {
+        let place = &self.image.layout().blocks[block];
+        let at = run.start.0 * self.ledger.accounts[block].host_page;
+        let step = (block, at / AHEAD_STEP);
+        if self.advised == Some(step) {
+            return;
+        }
+        let begin = if self.advised == Some((block, step.1.wrapping_sub(1))) { AHEAD_LEN } else { 0 };
+        self.advised = Some(step);
+        let start = (place.pages.start + at / AHEAD_STEP * AHEAD_STEP + begin).min(place.pages.end);
+        let end = (start + AHEAD_STEP + AHEAD_LEN - begin).min(place.pages.end);
+        if let Some(len) = std::num::NonZeroU64::new(end - start) {
+            let _ = fadvise(self.image.file(), start, Some(len), Advice::WillNeed);
+        }
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let latencies = &mut self.served.latencies;
+        let mut flushed = Ok(());
+        if let Some(urgent) = &mut self.urgent {
+            match urgent.flush(latencies) {
+                // The target closes it as soon as it has all.
+                Err(Errno::PIPE | Errno::CONNRESET) if self.stage != Stage::Filling => {
+                    urgent.out.clear();
+                    urgent.gone = 0;
+                    urgent.answers.clear();
+                }
+                other => flushed = other,
+            }
+        }
+        flushed.and_then(|()| self.main.flush(latencies)).map_err(|error| self.gone_away(Some(error)))
+    }
+
+    fn gone_away(&self, error: Option<Errno>) -> Error {
+        let left = self.ledger.left_bytes();
+        let clause = format!("QEMU closed the connection with {left:#x} bytes of its memory to come");
+        match error {
+            Some(error) => Error::new(Kind::Peer, clause).because(std::io::Error::from(error)),
+            None => Error::new(Kind::Peer, clause),
+        }
+    }
+}
+
+fn lies(fault: wire::Fault) -> Error {
+    Error::new(Kind::Peer, format!("QEMU sent what is no return path: {fault}"))
+}
