@@ -3,6 +3,7 @@
 mod compare;
 pub mod faulty;
 mod footprint;
+mod golden;
 mod hook;
 mod proxy;
 mod stock;
@@ -16,6 +17,7 @@ use vmstate::source::MappedRamFile;
 
 pub use compare::{Difference, compare_images};
 pub use footprint::Footprint;
+pub use golden::unpack_golden;
 pub use hook::Hook;
 pub use proxy::Proxy;
 pub use stock::{StockLoad, client, stock_load, stock_save};

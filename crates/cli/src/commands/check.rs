@@ -11,7 +11,9 @@ use crate::output::{line, print_json};
 pub fn run(args: &Inspect) -> vmstate::Result<Outcome> {
     let path = args.image.display();
     let (format, faults, dropped) = match vmstate::check_at(&args.image, args.offset) {
-        Ok(check) => (Some(check.format.name()), check.report.faults, check.report.dropped),
+        Ok(check) => {
+            (check.format.map(vmstate::source::Format::name), check.report.faults, check.report.dropped)
+        }
         // What is no image at all is an answer too, and it is no.
         Err(error) if error.kind() == Kind::Damaged => {
             if args.json {

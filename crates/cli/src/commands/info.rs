@@ -22,6 +22,15 @@ pub fn run(args: &Inspect) -> vmstate::Result<Outcome> {
 fn page(path: &str, info: &ImageInfo) {
     line(path);
     line(format!("  format      {}{}", info.format, capabilities(info)));
+    if let Some(domain) = &info.domain {
+        let uuid = domain.uuid.as_deref().map_or_else(String::new, |uuid| format!(" ({uuid})"));
+        line(format!(
+            "  domain      {}{uuid}, XML of {}, {}",
+            domain.name.as_deref().unwrap_or("without a name"),
+            size(domain.xml_bytes),
+            if domain.cookie_bytes.is_some() { "a cookie" } else { "no cookie" },
+        ));
+    }
     line(format!("  machine     {}", info.machine.as_deref().unwrap_or("not recorded")));
     line(format!(
         "  run state   {}",
@@ -36,6 +45,7 @@ fn page(path: &str, info: &ImageInfo) {
             saved.qemu_version,
             if saved.qemu_package.is_empty() { String::new() } else { format!(" ({})", saved.qemu_package) },
         )),
+        None if info.domain.is_some() => line("  saved       by libvirt, or in its format"),
         None => line("  saved       by QEMU itself"),
     }
     line(format!("  file        {}, {} on disk", size(info.file_bytes), size(info.disk_bytes)));
@@ -61,11 +71,16 @@ fn page(path: &str, info: &ImageInfo) {
 
 /// In a mapped-ram image zero pages are part of the data, in a stream they are records of their own.
 fn zero_within(info: &ImageInfo) -> u64 {
-    if info.format == "stream" { 0 } else { info.zero_bytes }
+    if has_places(info) { info.zero_bytes } else { 0 }
+}
+
+/// Whether every page has a place of its own in the file.
+fn has_places(info: &ImageInfo) -> bool {
+    matches!(info.format, "mapped-ram" | "libvirt-sparse")
 }
 
 fn capabilities(info: &ImageInfo) -> String {
-    let others: Vec<_> = info.capabilities.iter().filter(|name| *name != info.format).cloned().collect();
+    let others: Vec<_> = info.capabilities.iter().filter(|name| *name != "mapped-ram").cloned().collect();
     if others.is_empty() { String::new() } else { format!(", with {}", others.join(", ")) }
 }
 
@@ -73,7 +88,7 @@ fn blocks(info: &ImageInfo) {
     let width = info.blocks.iter().map(|block| block.name.chars().count()).max().unwrap_or(0).max(9);
     line(format!("  {:<width$} {:>10} {:>10} {:>10} {:>10}", "RAM block", "size", "data", "zero", "hole"));
     for block in &info.blocks {
-        let zero = if info.format == "stream" { 0 } else { block.zero_bytes };
+        let zero = if has_places(info) { block.zero_bytes } else { 0 };
         let stale = match block.stale_bytes {
             0 => String::new(),
             bytes => format!("  ({} stale)", size(bytes)),

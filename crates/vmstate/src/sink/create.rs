@@ -16,6 +16,10 @@ pub fn create_sink<'a>(format: Format, target: &'a Target, means: Means) -> Resu
     refuse_misfits(format, target)?;
     match format {
         Format::MappedRam => Ok(Box::new(MappedRamSink::new(target, target.start(), means))),
+        Format::Libvirt(_) => {
+            let clause = format!("{} images are not written yet", format.name());
+            Err(Error::new(Kind::Unsupported, clause))
+        }
         Format::Stream => {
             let out = byte_sink(target, &means)?;
             Ok(Box::new(StreamSink::new(out, means)))

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use io::{Inflow, ReadPair, Supply};
 use page::{Mask, PageIndex, PageSize, RamBlock};
+use wire::libvirt::Head;
 use wire::qemu::format::{MAPPED_RAM, X_IGNORE_SHARED};
 use wire::qemu::{BlockEntry, Configuration, DeviceState, SectionHeader, split_sections};
 
@@ -164,6 +165,11 @@ pub trait Source: Send {
 
     /// What stands before the pages; known when the image has been opened.
     fn shape(&self) -> &GuestShape;
+
+    /// The head that libvirt put in front of it, where there is one.
+    fn domain(&self) -> Option<&Head> {
+        None
+    }
 
     /// How many bytes of pages there are at the most, as far as that can be known beforehand.
     ///

@@ -5,16 +5,15 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use wire::DecodeError;
+use wire::libvirt::PayloadFormat;
 use wire::qemu::decode_preamble;
 
-use super::Bounds;
 use super::mapped_ram::faulty;
+use super::{Bounds, Payload};
 use crate::{Error, Kind, Result};
 
 /// How much of a file is looked at: the longest preamble has a few hundred bytes.
 const HEAD_LEN: u64 = 64 << 10;
-/// The magics of libvirt's save images, complete and not.
-const LIBVIRT_MAGICS: [&[u8]; 2] = [b"LibvirtQemudSave", b"LibvirtQemudPart"];
 
 /// The formats of images that vmstate reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,18 +22,28 @@ pub enum Format {
     MappedRam,
     /// One record after the other.
     Stream,
+    /// Either of them behind a head of libvirt's, a stream perhaps compressed.
+    Libvirt(PayloadFormat),
 }
 
 impl Format {
-    /// Every format, in the order in which they are listed to users.
+    /// QEMU's own formats, in the order in which they are listed to users.
     pub const ALL: [Format; 2] = [Format::MappedRam, Format::Stream];
 
-    /// Whether it can be read and written from front to back, as a pipe is.
+    /// libvirt's, in the order of their numbers.
+    pub const LIBVIRT: [Format; 7] = [
+        Format::Libvirt(PayloadFormat::Raw),
+        Format::Libvirt(PayloadFormat::Gzip),
+        Format::Libvirt(PayloadFormat::Bzip2),
+        Format::Libvirt(PayloadFormat::Xz),
+        Format::Libvirt(PayloadFormat::Lzop),
+        Format::Libvirt(PayloadFormat::Zstd),
+        Format::Libvirt(PayloadFormat::Sparse),
+    ];
+
+    /// Whether it can be written from front to back, as into a pipe.
     pub fn is_sequential(self) -> bool {
-        match self {
-            Format::MappedRam => false,
-            Format::Stream => true,
-        }
+        !self.has_places()
     }
 
     /// The name on the command line and in reports.
@@ -42,30 +51,66 @@ impl Format {
         match self {
             Format::MappedRam => "mapped-ram",
             Format::Stream => "stream",
+            Format::Libvirt(PayloadFormat::Raw) => "libvirt-raw",
+            Format::Libvirt(PayloadFormat::Gzip) => "libvirt-gzip",
+            Format::Libvirt(PayloadFormat::Bzip2) => "libvirt-bzip2",
+            Format::Libvirt(PayloadFormat::Xz) => "libvirt-xz",
+            Format::Libvirt(PayloadFormat::Lzop) => "libvirt-lzop",
+            Format::Libvirt(PayloadFormat::Zstd) => "libvirt-zstd",
+            Format::Libvirt(PayloadFormat::Sparse) => "libvirt-sparse",
         }
+    }
+
+    /// Whether each page has a place of its own in the file, whatever stands before it.
+    pub fn has_places(self) -> bool {
+        matches!(self, Format::MappedRam | Format::Libvirt(PayloadFormat::Sparse))
     }
 
     /// The format of an open file from the offset `start` on.
     ///
     /// # Errors
-    /// [`Kind::Damaged`] where it is no image; [`Kind::Unsupported`] for formats that are known but not
-    /// read; [`Kind::Misuse`] for what is no file.
+    /// [`Kind::Damaged`] where it is no image;
+    /// [`Kind::Unsupported`] for formats that are known but not read;
+    /// [`Kind::Misuse`] for what is no file.
     pub fn of(file: &File, path: &Path, start: u64) -> Result<Format> {
-        let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
-        let bounds = Bounds::of(file, path, start)?;
-        let mut head = vec![0; bounds.len().min(HEAD_LEN) as usize];
-        file.read_exact_at(&mut head, start).map_err(cannot)?;
-        Format::of_head(&head, path, start)
+        Format::of_payload(file, path, &Payload::of(file, path, start)?)
     }
 
-    /// The format of an image whose first bytes are `head` and stand at the offset `start`.
+    /// The format of an image whose payload was found.
+    ///
+    /// # Errors
+    /// As [`Format::of`].
+    pub(crate) fn of_payload(file: &File, path: &Path, payload: &Payload) -> Result<Format> {
+        let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
+        let libvirts = payload.head.as_ref().map(|head| head.format);
+        if let Some(format) = libvirts.filter(|format| format.is_compressed()) {
+            return Ok(Format::Libvirt(format));
+        }
+        let bounds = Bounds::of(file, path, payload.at)?;
+        let mut head = vec![0; bounds.len().min(HEAD_LEN) as usize];
+        file.read_exact_at(&mut head, payload.at).map_err(cannot)?;
+        let is_mapped = Format::of_head(&head, path, payload.at)? == Format::MappedRam;
+        match libvirts {
+            None => Ok(if is_mapped { Format::MappedRam } else { Format::Stream }),
+            Some(format) if is_mapped == (format == PayloadFormat::Sparse) => Ok(Format::Libvirt(format)),
+            Some(format) => {
+                let found = if is_mapped { "a mapped-ram image" } else { "a stream" };
+                let problem = format!("is {found}, which {format} is not");
+                Err(faulty(path, wire::Fault::damaged(payload.at, "payload", problem)))
+            }
+        }
+    }
+
+    /// The format of an image whose first bytes are `head` and stand at the offset `start`. Of libvirt's, only that it
+    /// is one of them can be told so.
     ///
     /// # Errors
     /// As [`Format::of`], but for the system's.
     pub fn of_head(head: &[u8], path: &Path, start: u64) -> Result<Format> {
-        if LIBVIRT_MAGICS.iter().any(|magic| head.starts_with(magic)) {
-            let clause = format!("{} is a save image of libvirt, which is not read yet", path.display());
-            return Err(Error::new(Kind::Unsupported, clause));
+        if super::libvirt::is_head(head) {
+            let clause =
+                format!("{}: an image of libvirt is read at offsets, which a pipe has not", path.display());
+            return Err(Error::new(Kind::Misuse, clause).hint("give the name of the file"));
         }
         let (preamble, _) =
             decode_preamble(head, start).map_err(DecodeError::at_end).map_err(|fault| faulty(path, fault))?;

@@ -1,15 +1,17 @@
 //! An image of any format, as far as a restore has to know it.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use page::{PageSet, RamBlock};
+use wire::FileRange;
 use wire::qemu::vmdesc::VmDescription;
 use wire::qemu::{Configuration, DeviceSection, DeviceState};
 
-use super::{Format, MappedRamFile, StreamFile};
-use crate::Result;
+use super::{Format, MappedRamFile, Payload, StreamFile};
 use crate::manifest::Manifest;
+use crate::{Error, Kind, Result};
 
 /// An open image that was found to be sound.
 #[derive(Debug)]
@@ -25,16 +27,24 @@ impl Image {
     /// its pages; a stream is read whole. `path` is for messages.
     ///
     /// # Errors
-    /// [`Kind::Damaged`](crate::Kind::Damaged) and [`Kind::Unsupported`](crate::Kind::Unsupported) at the
-    /// first fault, with file, offset and field; [`Kind::Io`](crate::Kind::Io).
+    /// [`Kind::Damaged`] and [`Kind::Unsupported`] at the
+    /// first fault, with file, offset and field; [`Kind::Io`].
     pub fn from_file(file: File, path: &Path, start: u64) -> Result<Image> {
-        match Format::of(&file, path, start)? {
-            Format::MappedRam => {
+        match Format::of(&file, path, start)?.has_places() {
+            true => {
                 let image = MappedRamFile::from_file(file, path, start)?;
                 image.verify()?;
                 Ok(Image::MappedRam(image))
             }
-            Format::Stream => StreamFile::read(&file, path, start).map(Image::Stream),
+            false => StreamFile::read(&file, path, start).map(Image::Stream),
+        }
+    }
+
+    /// What stands before QEMU's bytes.
+    pub fn payload(&self) -> &Payload {
+        match self {
+            Image::MappedRam(image) => image.payload(),
+            Image::Stream(stream) => stream.payload(),
         }
     }
 
@@ -117,10 +127,32 @@ impl Image {
 
     /// The format.
     pub fn format(&self) -> Format {
-        match self {
-            Image::MappedRam(_) => Format::MappedRam,
-            Image::Stream(_) => Format::Stream,
+        match (&self.payload().head, self) {
+            (Some(head), _) => Format::Libvirt(head.format),
+            (None, Image::MappedRam(_)) => Format::MappedRam,
+            (None, Image::Stream(_)) => Format::Stream,
         }
+    }
+
+    /// Reads device state by the offsets that [`Image::devices`] and [`Image::early`] give; `file` is the image's.
+    ///
+    /// # Errors
+    /// [`Kind::Io`]; [`Kind::Unsupported`] for early sections of a stream that is compressed.
+    pub(crate) fn read(&self, file: &File, range: FileRange) -> Result<Vec<u8>> {
+        if let Image::Stream(stream) = self {
+            if stream.tail().start <= range.start {
+                return Ok(stream.part(range).to_vec());
+            }
+            if stream.payload().compressed().is_some() {
+                let clause =
+                    format!("{}: early device state of a compressed stream", stream.path().display());
+                return Err(Error::new(Kind::Unsupported, clause));
+            }
+        }
+        let mut bytes = vec![0; range.len() as usize];
+        file.read_exact_at(&mut bytes, range.start)
+            .map_err(|error| Error::io("cannot read the image", error))?;
+        Ok(bytes)
     }
 
     /// What vmstate noted when it saved the image.

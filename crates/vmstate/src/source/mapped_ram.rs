@@ -13,7 +13,7 @@ use wire::qemu::{DeviceState, global_state};
 use wire::{Fault, FaultKind, FileRange};
 
 use super::extents::unreadable;
-use super::{Bounds, FileExtents, open_image};
+use super::{Bounds, FileExtents, Payload, open_image};
 use crate::manifest::Manifest;
 use crate::{Error, Kind, Result};
 
@@ -52,6 +52,7 @@ pub struct BlockUse {
 pub struct MappedRamFile {
     file: File,
     path: PathBuf,
+    payload: Payload,
     layout: Layout,
 }
 
@@ -65,14 +66,15 @@ impl MappedRamFile {
         MappedRamFile::from_file(file, path, 0)
     }
 
-    /// Reads the metadata of an image that is open and starts at the offset `start` of its file or device;
-    /// `path` is for messages.
+    /// Reads the metadata of an image that is open and starts at the offset `start` of its file or device,
+    /// perhaps with a head of libvirt's; `path` is for messages.
     ///
     /// # Errors
     /// As [`MappedRamFile::open`].
     pub fn from_file(file: File, path: &Path, start: u64) -> Result<MappedRamFile> {
         let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
-        let bounds = Bounds::of(&file, path, start)?.of_mapped_ram(&file).map_err(cannot)?;
+        let payload = Payload::of(&file, path, start)?;
+        let bounds = Bounds::of(&file, path, payload.at)?.of_mapped_ram(&file).map_err(cannot)?;
         let mut decoder = LayoutDecoder::new(bounds.start, bounds.end);
         let mut bytes = Vec::new();
         let layout = loop {
@@ -86,12 +88,17 @@ impl MappedRamFile {
                 Step::Done(layout) => break layout,
             }
         };
-        Ok(MappedRamFile { file, path: path.to_owned(), layout: *layout })
+        Ok(MappedRamFile { file, path: path.to_owned(), payload, layout: *layout })
     }
 
     /// Where everything is.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// What stands before QEMU's bytes.
+    pub fn payload(&self) -> &Payload {
+        &self.payload
     }
 
     /// The file.
@@ -310,9 +317,10 @@ impl MappedRamFile {
     /// As [`MappedRamFile::devices`].
     pub fn run_state(&self) -> Result<Option<&'static str>> {
         let devices = self.devices()?;
-        let Some(section) = devices.section(global_state::GLOBAL_STATE_SECTION, 0) else { return Ok(None) };
-        let payload = self.read(section.payload)?;
-        global_state::run_state(&payload).map(Some).map_err(|fault| faulty(&self.path, fault))
+        let section = devices.section(global_state::GLOBAL_STATE_SECTION, 0);
+        let payload = section.map(|section| self.read(section.payload)).transpose()?;
+        let recorded = payload.map(|payload| global_state::run_state(&payload)).transpose();
+        Ok(self.payload.run_state(recorded.map_err(|fault| faulty(&self.path, fault))?))
     }
 
     /// The bytes that add a manifest to the image's vmdescription, and the offset from which they replace

@@ -5,10 +5,13 @@ mod extents;
 mod flow;
 mod format;
 mod image;
+mod libvirt;
+mod libvirt_source;
 mod mapped_ram;
 mod mapped_ram_pages;
 mod open;
 mod stream;
+mod stream_bytes;
 mod stream_file;
 mod stream_pages;
 
@@ -20,9 +23,13 @@ pub use flow::{
 };
 pub use format::Format;
 pub use image::Image;
+pub(crate) use libvirt::decompress;
+pub use libvirt::{DomainInfo, Payload};
+pub use libvirt_source::LibvirtSource;
 pub use mapped_ram::{BlockUse, MappedRamFile, Use};
 pub use mapped_ram_pages::MappedRamSource;
 pub use open::open_source;
 pub use stream::{StreamBlock, StreamContents, scan_stream};
+pub use stream_bytes::Rest;
 pub use stream_file::StreamFile;
 pub use stream_pages::StreamSource;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use io::Inflow;
 
 use super::flow::{Input, InputBytes, Source};
-use super::{Bounds, Format, MappedRamSource, StreamSource};
+use super::{Bounds, Format, LibvirtSource, MappedRamSource, StreamSource};
 use crate::{Error, Kind, Result};
 
 /// How much of what cannot be read twice is looked at to tell its format.
@@ -29,6 +29,7 @@ pub fn open_source(input: Input, format: Option<Format>) -> Result<Box<dyn Sourc
             };
             match format {
                 Format::MappedRam => Ok(Box::new(MappedRamSource::open(pair, &path, start)?)),
+                Format::Libvirt(_) => Ok(Box::new(LibvirtSource::open(pair, &path, start, &cancel)?)),
                 Format::Stream => {
                     let bounds = Bounds::of(&pair.buffered, &path, start)?;
                     let from = Inflow::of_file(Arc::new(pair), start, bounds.end, &cancel).map_err(cannot)?;
@@ -49,10 +50,11 @@ pub fn open_source(input: Input, format: Option<Format>) -> Result<Box<dyn Sourc
             let from: Box<dyn BufRead + Send> = Box::new(Cursor::new(head).chain(from));
             match format {
                 Format::Stream => Ok(Box::new(StreamSource::open(from, &path, 0, None)?)),
-                Format::MappedRam => {
+                Format::MappedRam | Format::Libvirt(_) => {
                     let clause = format!(
-                        "{}: a mapped-ram image is read at offsets, which a pipe has not",
-                        path.display()
+                        "{}: a {} image is read at offsets, which a pipe has not",
+                        path.display(),
+                        format.name()
                     );
                     Err(Error::new(Kind::Misuse, clause).hint("give the name of the file"))
                 }

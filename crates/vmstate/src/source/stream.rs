@@ -1,15 +1,15 @@
 //! A stream image in a file: read once from start to end, since nothing in it tells where anything is.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use page::{PageIndex, PageSize};
+use wire::Report;
 use wire::qemu::{BlockEntry, DeviceSection, Event, Preamble, StreamScanner};
-use wire::{FileRange, Report};
 
-use super::Bounds;
-use crate::{Error, Result};
+use super::Payload;
+use super::stream_bytes::{Rest, StreamBytes};
+use crate::Result;
 
 /// How much is read at once.
 const WINDOW: usize = 1 << 20;
@@ -36,31 +36,32 @@ pub struct StreamContents {
     pub blocks: Vec<StreamBlock>,
     /// The sections of other handlers that stand before the pages.
     pub early: Vec<DeviceSection>,
-    /// Device state, end mark and vmdescription, up to the end of the file; `None` where the RAM section
+    /// Device state, end mark and vmdescription, up to the end of the stream; `None` where the RAM section
     /// could not be followed to its end.
-    pub tail: Option<FileRange>,
+    pub tail: Option<Rest>,
     /// The faults.
     pub report: Report,
 }
 
-/// Scans a stream that starts at the offset `start` of its file and lists every fault of its RAM part.
+/// Scans a stream and lists every fault of its RAM part. Its offsets count from the start of the file; those of one
+/// that is compressed, from the start of what comes out of it.
 ///
 /// # Errors
-/// Only of the operating system; what is wrong with the stream is in the report.
-pub fn scan_stream(file: &File, path: &Path, start: u64) -> Result<StreamContents> {
-    scan_pages(file, path, start, |_, _| {})
+/// Only of the operating system, and what keeps a stream from being decompressed; what is wrong with it is in the
+/// report.
+pub fn scan_stream(file: &File, path: &Path, payload: &Payload) -> Result<StreamContents> {
+    scan_pages(file, path, payload, |_, _| {})
 }
 
 /// As [`scan_stream`], and hands every page to `on_page`: its block's place in the list, and itself.
 pub(super) fn scan_pages(
     file: &File,
     path: &Path,
-    start: u64,
+    payload: &Payload,
     mut on_page: impl FnMut(usize, PageIndex),
 ) -> Result<StreamContents> {
-    let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
-    let Bounds { end: len, .. } = Bounds::of(file, path, start)?;
-    let mut scanner = StreamScanner::surveying(start, PageSize::X86);
+    let mut bytes = StreamBytes::open(file, path, payload)?;
+    let mut scanner = StreamScanner::surveying(bytes.position(), PageSize::X86);
     let mut contents = StreamContents {
         preamble: None,
         page_size: PageSize::X86,
@@ -69,12 +70,14 @@ pub(super) fn scan_pages(
         tail: None,
         report: Report::default(),
     };
-    let mut window = vec![0; WINDOW.min(usize::try_from(len - start).unwrap_or(WINDOW))];
-    let mut at = start;
-    let mut tail = None;
-    while at < len && tail.is_none() {
-        let read = window.len().min(usize::try_from(len - at).unwrap_or(WINDOW));
-        file.read_exact_at(&mut window[..read], at).map_err(cannot)?;
+    let mut window = vec![0; WINDOW];
+    loop {
+        let start = bytes.position();
+        let read = bytes.read(&mut window)?;
+        if read == 0 {
+            break;
+        }
+        let mut tail = None;
         let fed = scanner.feed(&window[..read], |event| {
             match event {
                 Event::Preamble(preamble) => {
@@ -105,7 +108,14 @@ pub(super) fn scan_pages(
             // The scanner remembers the fault for its report.
             break;
         }
-        at += read as u64;
+        bytes.announce(
+            contents.blocks.iter().fold(0, |sum, block| block.entry.used_length.saturating_add(sum)),
+        );
+        if let Some(tail) = tail {
+            let from = usize::try_from(tail.saturating_sub(start)).unwrap_or(read).min(read);
+            contents.tail = Some(bytes.rest(&window[from..read])?);
+            break;
+        }
     }
     let ended = scanner.finish();
     contents.report = scanner.into_report();
@@ -114,6 +124,5 @@ pub(super) fn scan_pages(
     {
         contents.report.push(fault);
     }
-    contents.tail = tail.map(|tail| FileRange::new(tail.min(len), len));
     Ok(contents)
 }

@@ -1,7 +1,6 @@
 //! A stream image in a file, read once and found to be sound.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use page::{PageIndex, PageRange, PageSet, RamBlock};
@@ -9,18 +8,23 @@ use wire::FileRange;
 use wire::qemu::vmdesc::{self, VmDescription};
 use wire::qemu::{DeviceState, check_early, global_state, split_sections};
 
-use super::extents::unreadable;
+use super::Payload;
 use super::mapped_ram::faulty;
 use super::stream::{StreamContents, scan_pages};
+use super::stream_bytes::StreamBytes;
 use crate::{Error, Kind, Result};
 
 /// The head of a vmdescription: its type byte and its length.
 const VMDESC_HEAD: usize = 5;
+/// Limit: into how many runs the pages of a compressed stream may fall. A guest that stood still, as libvirt's do, is
+/// sent in order, and what comes out of few bytes may be very much.
+const RUNS_MAX: usize = 4 << 20;
 
 /// A stream that was read to its end.
 #[derive(Debug)]
 pub struct StreamFile {
     path: PathBuf,
+    payload: Payload,
     contents: StreamContents,
     /// Which pages were sent, in the order of the stream, neighbours joined. Their number is bounded by the
     /// length of the file, whatever lengths the blocks claim.
@@ -31,37 +35,50 @@ pub struct StreamFile {
 }
 
 impl StreamFile {
-    /// Reads the stream that starts at the offset `start` of an open file; `path` is for messages.
+    /// Reads the stream that starts at the offset `start` of an open file, perhaps behind a head of libvirt's and
+    /// compressed; `path` is for messages.
     ///
     /// # Errors
     /// [`Kind::Damaged`] and [`Kind::Unsupported`] at the first fault, with file, offset and field;
     /// [`Kind::Io`].
     pub fn read(file: &File, path: &Path, start: u64) -> Result<StreamFile> {
+        let payload = Payload::of(file, path, start)?;
+        let runs_max = if payload.compressed().is_some() { RUNS_MAX } else { usize::MAX };
+        let mut runs = 0;
         let mut sent: Vec<Vec<PageRange>> = Vec::new();
-        let contents = scan_pages(file, path, start, |block, page| {
+        let contents = scan_pages(file, path, &payload, |block, page| {
             // The scanner knows no more blocks than a guest can have.
             sent.resize_with(sent.len().max(block + 1), Vec::new);
             let next = PageIndex(page.0 + 1);
             match sent[block].last_mut() {
                 Some(run) if run.end == page => run.end = next,
                 Some(run) if (run.start..run.end).contains(&page) => {}
-                _ => sent[block].push(PageRange { start: page, end: next }),
+                _ => {
+                    runs += 1;
+                    if runs <= runs_max {
+                        sent[block].push(PageRange { start: page, end: next });
+                    }
+                }
             }
         })?;
+        if runs > runs_max {
+            let clause = format!("{}: its pages fall into more than {runs_max} runs", path.display());
+            return Err(Error::new(Kind::Unsupported, clause));
+        }
         if let Some(fault) = contents.report.faults.first() {
             return Err(faulty(path, fault.clone()));
         }
-        let tail = contents.tail.ok_or_else(|| {
-            Error::new(Kind::Damaged, format!("{}: the stream has no device state", path.display()))
-        })?;
-        if let Some(fault) = unreadable(file, tail.end, tail) {
-            return Err(faulty(path, fault));
-        }
-        let mut blob = vec![0; tail.len() as usize];
-        file.read_exact_at(&mut blob, tail.start)
-            .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
+        let Some(rest) = &contents.tail else {
+            let clause = format!("{}: the stream has no device state", path.display());
+            return Err(Error::new(Kind::Damaged, clause));
+        };
+        let tail = rest.range;
+        let blob = rest
+            .bytes(file)
+            .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?
+            .map_err(|fault| faulty(path, fault))?;
         let devices = split_sections(&blob, tail.start).map_err(|fault| faulty(path, fault))?;
-        let stream = StreamFile { path: path.to_owned(), contents, sent, tail, blob, devices };
+        let stream = StreamFile { path: path.to_owned(), payload, contents, sent, tail, blob, devices };
         let description = if stream.contents.early.is_empty() { None } else { stream.vmdescription()? };
         check_early(&stream.contents.early, description.as_ref()).map_err(|fault| faulty(path, fault))?;
         Ok(stream)
@@ -70,6 +87,21 @@ impl StreamFile {
     /// The path, for messages.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What stands before QEMU's bytes.
+    pub fn payload(&self) -> &Payload {
+        &self.payload
+    }
+
+    /// The stream once more, from its first byte on; `file` is its image.
+    ///
+    /// # Errors
+    /// As [`StreamFile::read`].
+    pub(crate) fn bytes<'a>(&'a self, file: &'a File) -> Result<StreamBytes<'a>> {
+        let mut bytes = StreamBytes::open(file, &self.path, &self.payload)?;
+        bytes.announce(self.blocks().fold(0, |sum, block| block.length.saturating_add(sum)));
+        Ok(bytes)
     }
 
     /// What the scan found.
@@ -106,7 +138,8 @@ impl StreamFile {
         &self.devices
     }
 
-    fn part(&self, range: FileRange) -> &[u8] {
+    /// The bytes of a range of device state.
+    pub(crate) fn part(&self, range: FileRange) -> &[u8] {
         let at = |offset: u64| usize::try_from(offset.saturating_sub(self.tail.start)).unwrap_or(usize::MAX);
         self.blob.get(at(range.start)..at(range.end)).unwrap_or_default()
     }
@@ -118,7 +151,8 @@ impl StreamFile {
     pub fn run_state(&self) -> Result<Option<&'static str>> {
         let section = self.devices.section(global_state::GLOBAL_STATE_SECTION, 0);
         let state = section.map(|section| global_state::run_state(self.part(section.payload)));
-        state.transpose().map_err(|fault| faulty(&self.path, fault))
+        let recorded = state.transpose().map_err(|fault| faulty(&self.path, fault))?;
+        Ok(self.payload.run_state(recorded))
     }
 
     /// The vmdescription, if there is one.

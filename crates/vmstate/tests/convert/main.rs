@@ -36,6 +36,7 @@ fn read(path: &Path, format: Format) -> Content {
     match format {
         Format::MappedRam => read_mapped_ram(path, 0),
         Format::Stream => read_stream(path),
+        Format::Libvirt(_) => panic!("{format:?} is none of QEMU's own"),
     }
 }
 

@@ -58,6 +58,7 @@ fn an_image_that_ends_early_is_refused_wherever_it_ends() {
                         let memory = match format {
                             Format::MappedRam => read_mapped_ram(&to, 0).memory,
                             Format::Stream => read_stream(&to).memory,
+                            Format::Libvirt(_) => panic!("{format:?} is none of QEMU's own"),
                         };
                         assert_eq!(memory, guest.memory(), "{len:#x} to {format:?}");
                         std::fs::remove_file(&to).unwrap();

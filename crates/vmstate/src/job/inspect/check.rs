@@ -10,7 +10,7 @@ use wire::qemu::format::VMDESCRIPTION_HEADER_LEN;
 use wire::qemu::{DeviceSection, check_early, survey, vmdesc};
 use wire::{Fault, FileRange, Report};
 
-use crate::source::{Bounds, FileExtents, Format, open_image, scan_stream, unreadable};
+use crate::source::{Bounds, FileExtents, Format, Payload, open_image, scan_stream, unreadable};
 use crate::{Error, Result};
 
 /// How much of a bitmap is read at once.
@@ -19,9 +19,10 @@ const BITMAP_CHUNK: usize = 64 << 10;
 /// The outcome of a check.
 #[derive(Clone, Debug)]
 pub struct Check {
-    /// The format that the file was read as.
-    pub format: Format,
-    /// The faults, in the order of their offsets, and how many more there are.
+    /// The format that the file was read as; `None` where nothing behind a head of libvirt's could be found.
+    pub format: Option<Format>,
+    /// The faults, in the order of their offsets, and how many more there are. In a compressed image, offsets behind
+    /// libvirt's head are those of what comes out of it.
     pub report: Report,
 }
 
@@ -41,13 +42,15 @@ pub fn check(path: &Path) -> Result<Check> {
 /// As there.
 pub fn check_at(path: &Path, start: u64) -> Result<Check> {
     let file = open_image(path)?;
-    let format = Format::of(&file, path, start)?;
-    let mut report = match format {
-        Format::MappedRam => mapped_ram(&file, path, start)?,
-        Format::Stream => stream(&file, path, start)?,
-    };
+    let (payload, mut report) = Payload::survey(&file, path, start)?;
+    let Some(payload) = payload else { return Ok(Check { format: None, report }) };
+    let format = Format::of_payload(&file, path, &payload)?;
+    report.append(match format.has_places() {
+        true => mapped_ram(&file, path, payload.at)?,
+        false => stream(&file, path, &payload)?,
+    });
     report.faults.sort_by_key(|fault| fault.offset);
-    Ok(Check { format, report })
+    Ok(Check { format: Some(format), report })
 }
 
 fn mapped_ram(file: &File, path: &Path, start: u64) -> Result<Report> {
@@ -69,8 +72,15 @@ fn mapped_ram(file: &File, path: &Path, start: u64) -> Result<Report> {
     }
     if let Some(layout) = &found.layout {
         let end = layout.vmdesc.map_or(layout.device_state.end, |vmdesc| vmdesc.end);
-        device_state(file, FileRange::new(layout.device_state.start, end), &[], &mut report)
-            .map_err(cannot)?;
+        let range = FileRange::new(layout.device_state.start, end);
+        match unreadable(file, end, range) {
+            Some(fault) => report.push(fault),
+            None => {
+                let mut blob = vec![0; range.len() as usize];
+                file.read_exact_at(&mut blob, range.start).map_err(cannot)?;
+                device_state(&blob, range.start, &[], &mut report);
+            }
+        }
     }
     Ok(report)
 }
@@ -103,34 +113,25 @@ fn bitmap(file: &File, block: &BlockPlacement, file_len: u64) -> std::io::Result
     Ok(None)
 }
 
-fn stream(file: &File, path: &Path, start: u64) -> Result<Report> {
-    let contents = scan_stream(file, path, start)?;
+fn stream(file: &File, path: &Path, payload: &Payload) -> Result<Report> {
+    let contents = scan_stream(file, path, payload)?;
     let mut report = contents.report;
-    if let Some(tail) = contents.tail {
-        device_state(file, tail, &contents.early, &mut report)
-            .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))?;
+    if let Some(rest) = contents.tail {
+        match rest.bytes(file).map_err(|error| Error::io(format!("cannot read {}", path.display()), error))? {
+            Ok(blob) => device_state(&blob, rest.range.start, &contents.early, &mut report),
+            Err(fault) => report.push(fault),
+        }
     }
     Ok(report)
 }
 
 /// Surveys device state, and whether it describes `early`, the sections before it whose lengths are to be confirmed.
-fn device_state(
-    file: &File,
-    range: FileRange,
-    early: &[DeviceSection],
-    report: &mut Report,
-) -> std::io::Result<()> {
-    if let Some(fault) = unreadable(file, range.end, range) {
-        report.push(fault);
-        return Ok(());
-    }
-    let mut blob = vec![0; range.len() as usize];
-    file.read_exact_at(&mut blob, range.start)?;
-    let (found, state) = survey::device_state(&blob, range.start);
+fn device_state(blob: &[u8], start: u64, early: &[DeviceSection], report: &mut Report) {
+    let (found, state) = survey::device_state(blob, start);
     if !early.is_empty() {
         let vmdesc = state.and_then(|state| state.vmdesc);
         let description = vmdesc.and_then(|vmdesc| {
-            let json = blob.get((vmdesc.start - range.start) as usize + VMDESCRIPTION_HEADER_LEN..)?;
+            let json = blob.get((vmdesc.start - start) as usize + VMDESCRIPTION_HEADER_LEN..)?;
             vmdesc::parse(json, vmdesc.start).ok()
         });
         if let Err(fault) = check_early(early, description.as_ref()) {
@@ -144,5 +145,4 @@ fn device_state(
         }
     }
     report.dropped += found.dropped;
-    Ok(())
 }

@@ -1,6 +1,5 @@
 //! The device state of an image, field by field.
 
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use wire::qemu::DeviceSection;
@@ -109,8 +108,7 @@ pub fn devices(
     };
     for section in sections {
         // All of them together were read when the image was, so the length of one is nothing new.
-        let mut payload = vec![0; section.payload.len() as usize];
-        file.read_exact_at(&mut payload, section.payload.start).map_err(cannot)?;
+        let payload = image.read(&file, section.payload)?;
         reader.section(section, &payload, on_section);
     }
     Ok(image.format())

@@ -8,14 +8,16 @@ use serde::Serialize;
 use wire::qemu::{Configuration, DeviceSection, DeviceState, vmdesc};
 
 use crate::manifest::Manifest;
-use crate::source::{BlockUse, Bounds, Format, MappedRamFile, StreamFile, open_image};
+use crate::source::{BlockUse, Bounds, DomainInfo, Format, MappedRamFile, StreamFile, open_image};
 use crate::{Error, Result};
 
 /// What an image holds. The fields are the keys of `vmstate info --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ImageInfo {
-    /// `mapped-ram` or `stream`.
+    /// `mapped-ram`, `stream`, or one of libvirt's, such as `libvirt-zstd`.
     pub format: &'static str,
+    /// What libvirt's head tells of the domain; `None` where there is none.
+    pub domain: Option<DomainInfo>,
     /// The machine type, for example `pc-q35-10.0`.
     pub machine: Option<String>,
     /// The capabilities that the image records.
@@ -99,13 +101,14 @@ pub fn info(path: &Path) -> Result<ImageInfo> {
 /// As there.
 pub fn info_at(path: &Path, start: u64) -> Result<ImageInfo> {
     let file = open_image(path)?;
-    match Format::of(&file, path, start)? {
-        Format::MappedRam => mapped_ram(file, path, start),
-        Format::Stream => stream(file, path, start),
+    let format = Format::of(&file, path, start)?;
+    match format.has_places() {
+        true => mapped_ram(file, path, start, format),
+        false => stream(file, path, start, format),
     }
 }
 
-fn mapped_ram(file: File, path: &Path, start: u64) -> Result<ImageInfo> {
+fn mapped_ram(file: File, path: &Path, start: u64, format: Format) -> Result<ImageInfo> {
     let image = MappedRamFile::from_file(file, path, start)?;
     let layout = image.layout();
     let blocks: Vec<BlockSummary> = image
@@ -123,7 +126,8 @@ fn mapped_ram(file: File, path: &Path, start: u64) -> Result<ImageInfo> {
     let devices = image.devices()?;
     let description = image.vmdescription()?;
     let facts = Facts {
-        format: Format::MappedRam,
+        format,
+        domain: DomainInfo::of(image.payload()),
         page_size: layout.blocks.first().map_or(0, |block| block.page_size.bytes()),
         configuration: layout.preamble.configuration.as_ref(),
         blocks,
@@ -136,7 +140,7 @@ fn mapped_ram(file: File, path: &Path, start: u64) -> Result<ImageInfo> {
     facts.summary(image.file(), path, start)
 }
 
-fn stream(file: File, path: &Path, start: u64) -> Result<ImageInfo> {
+fn stream(file: File, path: &Path, start: u64, format: Format) -> Result<ImageInfo> {
     let image = StreamFile::read(&file, path, start)?;
     let contents = image.contents();
     let page = contents.page_size.bytes();
@@ -159,7 +163,8 @@ fn stream(file: File, path: &Path, start: u64) -> Result<ImageInfo> {
     let devices = image.devices();
     let description = image.vmdescription()?;
     let facts = Facts {
-        format: Format::Stream,
+        format,
+        domain: DomainInfo::of(image.payload()),
         page_size: page,
         configuration: contents.preamble.as_ref().and_then(|preamble| preamble.configuration.as_ref()),
         blocks,
@@ -175,6 +180,7 @@ fn stream(file: File, path: &Path, start: u64) -> Result<ImageInfo> {
 /// What both formats tell, each in its own way.
 struct Facts<'a> {
     format: Format,
+    domain: Option<DomainInfo>,
     page_size: u64,
     configuration: Option<&'a Configuration>,
     blocks: Vec<BlockSummary>,
@@ -200,6 +206,7 @@ impl Facts<'_> {
         });
         Ok(ImageInfo {
             format: self.format.name(),
+            domain: self.domain,
             machine: self.configuration.map(|c| c.machine.as_str().to_owned()),
             capabilities: self.configuration.map_or_else(Vec::new, |c| {
                 c.capabilities.iter().map(|capability| capability.as_str().to_owned()).collect()

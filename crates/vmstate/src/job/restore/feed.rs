@@ -1,6 +1,7 @@
 //! vmstate as the source of a migration: a stream that lists every block, carries the pages of those that
 //! are not filled already, and ends in the image's device state. Every QEMU reads it.
 
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -16,7 +17,7 @@ use wire::qemu::{Configuration, DeviceSection, Item, Preamble, RamSetup, RecordE
 use super::load_failed;
 use super::map::Share;
 use crate::qemu::Session;
-use crate::source::MappedRamFile;
+use crate::source::{MappedRamFile, StreamFile};
 use crate::{Error, Kind, Result};
 
 /// The name under which QEMU receives the socket.
@@ -47,16 +48,58 @@ pub(super) fn feed(
         let clause = format!("the image leaves `{}` out (x-ignore-shared)", ignored.name);
         return Err(Error::new(Kind::Unsupported, clause).hint("restore with --via qemu"));
     }
+    fed(session, |socket| {
+        write_stream(image, shares, socket, counters, |bytes| {
+            limit.inspect(|limit| limit.wait(bytes, cancel));
+            if cancel.is_cancelled() { Err(Error::interrupted()) } else { Ok(()) }
+        })
+    })
+}
+
+/// Has QEMU load a stream that was compressed; `file` is its image.
+///
+/// # Errors
+/// [`Kind::Peer`] with QEMU's own words; [`Kind::Damaged`] where it cannot be decompressed.
+pub(super) fn feed_decompressed(
+    stream: &StreamFile,
+    file: &File,
+    session: &mut Session,
+    limit: Option<&RateLimit>,
+    counters: &Counters,
+    cancel: &Cancel,
+) -> Result<()> {
+    fed(session, |mut socket| {
+        let mut bytes = vec![0; CHUNK as usize];
+        let mut stream = stream.bytes(file)?;
+        loop {
+            match stream.read(&mut bytes)? {
+                0 => return Ok(()),
+                len => {
+                    limit.inspect(|limit| limit.wait(len as u64, cancel));
+                    if cancel.is_cancelled() {
+                        return Err(Error::interrupted());
+                    }
+                    socket.write_all(&bytes[..len]).map_err(gone)?;
+                    counters.bytes_written.fetch_add(len as u64, Ordering::Relaxed);
+                }
+            }
+        }
+    })
+}
+
+fn gone(error: std::io::Error) -> Error {
+    Error::new(Kind::Peer, "QEMU stopped reading").because(error)
+}
+
+/// Has QEMU load what `write` writes into a socket.
+fn fed(session: &mut Session, write: impl FnOnce(&UnixStream) -> Result<()> + Send) -> Result<()> {
     let (ours, theirs) =
         UnixStream::pair().map_err(|error| Error::io("cannot create a socket pair", error))?;
     session.give_fd(FEED, theirs.as_fd())?;
     drop(theirs);
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
-            let written = write_stream(image, shares, &ours, counters, |bytes| {
-                limit.inspect(|limit| limit.wait(bytes, cancel));
-                if cancel.is_cancelled() { Err(Error::interrupted()) } else { Ok(()) }
-            });
+            let written = write(&ours);
             // A stream that breaks off must end, or QEMU waits for the rest and we for QEMU.
             let _ = ours.shutdown(std::net::Shutdown::Write);
             written
@@ -102,7 +145,7 @@ fn write_stream(
     let mut send = |bytes: &mut Vec<u8>| {
         let sent = socket.write_all(bytes);
         bytes.clear();
-        sent.map_err(|error| Error::new(Kind::Peer, "QEMU stopped reading").because(error))
+        sent.map_err(gone)
     };
     let mut out = Vec::with_capacity(2 * CHUNK as usize);
     Preamble { configuration: layout.preamble.configuration.clone().map(plain) }.encode(&mut out);

@@ -29,7 +29,7 @@ use super::{DirectIo, Observer, Phases, Stopwatch, Via, note_engine};
 use crate::net::QmpAddress;
 use crate::qemu::{self, LaunchSettings, Launched, Session};
 use crate::qmp::MigrationInfo;
-use crate::source::{Image, MappedRamFile, open_image};
+use crate::source::{Image, MappedRamFile, StreamFile, open_image};
 use crate::{Error, Kind, Rate, Result};
 
 /// How long a guest may take to run once it was told to: QEMU takes its disks back first.
@@ -188,7 +188,7 @@ pub fn restore(
     let image = Image::from_file(file, &settings.image, settings.offset)?;
     let data_bytes = image.data_bytes()?;
     if matches!(image, Image::Stream(_)) {
-        refuse_for_stream(settings)?;
+        refuse_for_stream(settings, image.payload().compressed().is_some())?;
         pair.direct = None;
     }
     if let io::DirectIo::Unsupported { reason } = &pair.direct_io {
@@ -357,6 +357,9 @@ fn load(
     let (way, reason) = match (image, mapped) {
         (Image::MappedRam(image), Some(shares)) => (Way::Mapped(image, shares), None),
         (Image::MappedRam(image), None) => choose(settings, image, pid, session)?,
+        (Image::Stream(stream), _) if stream.payload().compressed().is_some() => {
+            (Way::Decompressed(stream), None)
+        }
         (Image::Stream(_), _) => (Way::Stream, None),
     };
     let via = way.via();
@@ -383,8 +386,16 @@ fn load(
     let channels = settings.channels.unwrap_or_else(default_channels);
     let limit = settings.rate_max.map(Rate::limit);
     match way {
-        Way::Qemu => by_qemu(pair, settings.offset, settings.channels.unwrap_or(QEMU_CHANNELS), session)?,
-        Way::Stream => by_stream(pair, settings.offset, session)?,
+        Way::Qemu => {
+            let channels = settings.channels.unwrap_or(QEMU_CHANNELS);
+            by_qemu(pair, image.payload().at, channels, session)?;
+        }
+        Way::Stream => by_stream(pair, image.payload().at, session)?,
+        Way::Decompressed(stream) => {
+            prepare_plain(session)?;
+            let counters = progress.counters();
+            feed::feed_decompressed(stream, &pair.buffered, session, limit.as_deref(), counters, cancel)?;
+        }
         Way::Direct(image, filling) => {
             note_engine(watch.observer)?;
             prepare_plain(session)?;
@@ -460,6 +471,8 @@ enum Way<'a> {
     Qemu,
     /// QEMU reads the image itself, which is a stream.
     Stream,
+    /// vmstate decompresses a stream, and QEMU reads what comes out.
+    Decompressed(&'a StreamFile),
     /// Shared memory is filled through the lanes, the rest goes through a stream.
     Direct(&'a MappedRamFile, Filling),
     /// Everything goes through a stream.
@@ -473,7 +486,7 @@ impl Way<'_> {
         match self {
             Way::Qemu | Way::Stream => Via::Qemu,
             Way::Direct(..) | Way::Mapped(..) => Via::Direct,
-            Way::Socket(_) => Via::Socket,
+            Way::Decompressed(_) | Way::Socket(_) => Via::Socket,
         }
     }
 }
@@ -587,11 +600,16 @@ fn refuse_rate(settings: &RestoreSettings) -> Result<()> {
 }
 
 /// Refuses what there is no way to do with a stream.
-fn refuse_for_stream(settings: &RestoreSettings) -> Result<()> {
-    refuse_rate(settings)?;
+fn refuse_for_stream(settings: &RestoreSettings, is_compressed: bool) -> Result<()> {
+    if !is_compressed {
+        refuse_rate(settings)?;
+    }
     let refuse = |clause: &str, hint: &str| Err(Error::new(Kind::Unsupported, clause).hint(hint.to_owned()));
     match (settings.via, settings.direct_io) {
-        (Via::Direct | Via::Socket, _) => {
+        (Via::Direct | Via::Qemu, _) if is_compressed => {
+            refuse("a compressed stream goes into QEMU through a socket only", "leave --via at auto")
+        }
+        (Via::Direct | Via::Socket, _) if !is_compressed => {
             refuse("a stream is loaded by QEMU itself only", "leave --via at auto")
         }
         (_, DirectIo::On) => {

@@ -1,0 +1,190 @@
+//! Images that libvirt wrote, one of each format, all of the same guest.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use lab::{Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
+use vmstate::net::QmpAddress;
+use vmstate::source::MappedRamFile;
+use vmstate::{
+    Cancel, Kind, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Unobserved, Via,
+};
+use vmstate_rig::{client, unpack_golden};
+
+const FORMATS: [&str; 7] = ["raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse"];
+const RAM_LEN: usize = 64 << 20;
+
+struct Unpacked {
+    dir: tempfile::TempDir,
+}
+
+impl Unpacked {
+    fn new() -> Unpacked {
+        Unpacked { dir: tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap() }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        if !path.exists() {
+            unpack_golden(&format!("libvirt-11.3-{name}"), &path);
+        }
+        path
+    }
+
+    fn image(&self, format: &str) -> PathBuf {
+        self.file(&format!("{format}-image"))
+    }
+
+    fn ram(&self) -> Vec<u8> {
+        std::fs::read(self.file("ram")).unwrap()
+    }
+}
+
+/// A QEMU as libvirt started it for the domain of the images, which waits.
+fn waiting(backend: MemoryBackend) -> Qemu {
+    let devices = [
+        "pcie-root-port,port=8,chassis=1,id=pci.1,bus=pcie.0,multifunction=on,addr=0x1",
+        "pcie-root-port,port=9,chassis=2,id=pci.2,bus=pcie.0,addr=0x1.0x1",
+        "virtio-balloon-pci,id=balloon0,bus=pci.1,addr=0x0",
+    ];
+    let extra = devices.iter().flat_map(|device| ["-device".into(), device.into()]).collect();
+    let spec = QemuSpec {
+        machine_version: Some("pc-q35-10.0".into()),
+        backend,
+        guest: None,
+        incoming: Incoming::Defer,
+        extra,
+        ..QemuSpec::new(MachineKind::Q35, RAM_LEN as u64)
+    };
+    spec.start().unwrap()
+}
+
+fn restore(image: &Path, target: &Qemu, record: Record) -> Result<RestoreReport> {
+    let settings = RestoreSettings::new(image, Target::Waiting(QmpAddress::Unix(target.qmp_path())));
+    vmstate::restore(&RestoreSettings { record, ..settings }, &Cancel::new().unwrap(), &Unobserved)
+}
+
+/// The memory of a guest that stands still, by way of an image of it.
+fn memory(qemu: &Qemu) -> Vec<u8> {
+    let image = qemu.dir().join("memory.img");
+    let settings = SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), &image);
+    vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap();
+    let image = MappedRamFile::open(&image).unwrap();
+    let block = image.layout().blocks.iter().find(|block| block.name == "pc.ram").unwrap();
+    let mut bytes = vec![0; RAM_LEN];
+    image.read_ram(block, &image.pages(block).unwrap(), 0, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn images_of_every_format_are_sound_and_told_alike() {
+    let unpacked = Unpacked::new();
+    for format in FORMATS {
+        let image = unpacked.image(format);
+        let check = vmstate::check(&image).unwrap();
+        assert_eq!(check.report.faults, [], "{format}");
+        assert_eq!(check.format.unwrap().name(), format!("libvirt-{format}"));
+        let info = vmstate::info(&image).unwrap();
+        assert_eq!(info.format, format!("libvirt-{format}"));
+        assert_eq!(info.machine.as_deref(), Some("pc-q35-10.0"), "{format}");
+        // One was saved with --paused; libvirt stops every guest before it is saved, and tells how it was in its head.
+        let paused = format == "xz";
+        assert_eq!(info.run_state.as_deref(), Some(if paused { "paused" } else { "running" }), "{format}");
+        assert_eq!(info.ram_bytes, (64 << 20) + 0x82000, "{format}");
+        assert_eq!((info.devices.len(), info.described), (35, true), "{format}");
+        let domain = info.domain.unwrap();
+        assert_eq!(domain.name.as_deref(), Some("fxbios"), "{format}");
+        assert_eq!(domain.uuid.as_deref(), Some("5f0c1a2e-1111-4222-8333-0123456789ac"), "{format}");
+        let told = (domain.format, domain.was_running, domain.payload_offset, domain.cookie_bytes);
+        assert_eq!(told, (format, !paused, 0x10901, Some(0xeb)), "{format}");
+    }
+}
+
+#[test]
+fn every_format_comes_back_in_qemu_with_the_same_memory() {
+    let unpacked = Unpacked::new();
+    let ram = unpacked.ram();
+    for format in FORMATS {
+        let target = waiting(MemoryBackend::Plain);
+        let report = restore(&unpacked.image(format), &target, Record::Paused).unwrap();
+        let expected = if ["raw", "sparse"].contains(&format) { Via::Qemu } else { Via::Socket };
+        assert_eq!(report.via, expected, "{format}");
+        assert_eq!(client(&target).status().unwrap().status, "paused", "{format}");
+        assert!(memory(&target) == ram, "{format}: another memory");
+    }
+}
+
+#[test]
+fn shared_memory_is_filled_from_a_sparse_image() {
+    let unpacked = Unpacked::new();
+    let target = waiting(MemoryBackend::Memfd);
+    let report = restore(&unpacked.image("sparse"), &target, Record::Paused).unwrap();
+    assert_eq!(report.via, Via::Direct);
+    assert!(memory(&target) == unpacked.ram());
+}
+
+#[test]
+fn a_guest_comes_back_in_the_state_that_libvirt_noted() {
+    let unpacked = Unpacked::new();
+    for (format, expected) in
+        [("raw", "running"), ("zstd", "running"), ("sparse", "running"), ("xz", "paused")]
+    {
+        let target = waiting(MemoryBackend::Plain);
+        let report = restore(&unpacked.image(format), &target, Record::AsItWas).unwrap();
+        assert_eq!(report.run_state, expected, "{format}");
+    }
+}
+
+#[test]
+fn an_image_that_was_not_written_to_its_end_is_refused_and_its_head_told() {
+    let unpacked = Unpacked::new();
+    for format in FORMATS {
+        let image = unpacked.image(format);
+        let file = OpenOptions::new().write(true).open(&image).unwrap();
+        file.write_all_at(b"LibvirtQemudPart", 0).unwrap();
+        let target = waiting(MemoryBackend::Plain);
+        let error = restore(&image, &target, Record::AsItWas).unwrap_err();
+        assert_eq!(error.kind(), Kind::Damaged, "{format}");
+        let expected = "magic at 0x0: says that the image was not written to its end";
+        assert_eq!(error.to_string(), format!("{}: {expected}", image.display()));
+        // Nothing else is wrong with it.
+        let faults = vmstate::check(&image).unwrap().report.faults;
+        assert_eq!(faults.iter().map(|fault| fault.to_string()).collect::<Vec<_>>(), [expected], "{format}");
+    }
+}
+
+#[test]
+fn an_image_that_was_cut_is_refused_before_qemu_sees_it() {
+    let unpacked = Unpacked::new();
+    for format in FORMATS {
+        let image = unpacked.image(format);
+        let len = image.metadata().unwrap().len();
+        // The last hundred bytes are of the description in raw and sparse, which QEMU does not read.
+        for cut in [len / 2, 0x10901 + 3, 0x10901, 0x900, 91, 16] {
+            OpenOptions::new().write(true).open(&image).unwrap().set_len(cut).unwrap();
+            let target = waiting(MemoryBackend::Plain);
+            let error = restore(&image, &target, Record::AsItWas).unwrap_err();
+            assert_eq!(error.kind(), Kind::Damaged, "{format} cut to {cut:#x}: {}", error.chain());
+            assert_eq!(client(&target).status().unwrap().status, "inmigrate", "{format}");
+            let sound = vmstate::check(&image).is_ok_and(|check| check.report.is_clean());
+            assert!(!sound, "{format} cut to {cut:#x}");
+        }
+    }
+}
+
+#[test]
+fn a_payload_that_its_head_does_not_name_is_refused() {
+    let unpacked = Unpacked::new();
+    for (format, number, expected) in [
+        ("raw", 6, "payload at 0x10901: is a stream, which sparse is not"),
+        ("sparse", 0, "payload at 0x10901: is a mapped-ram image, which raw is not"),
+        ("gzip", 5, "payload at 0x10901: does not begin as zstd does"),
+        ("zstd", 0, "payload at 0x10901: does not begin as raw does"),
+    ] {
+        let image = unpacked.image(format);
+        OpenOptions::new().write(true).open(&image).unwrap().write_all_at(&[number], 28).unwrap();
+        let error = vmstate::info(&image).unwrap_err();
+        assert_eq!(error.to_string(), format!("{}: {expected}", image.display()));
+    }
+}

@@ -1,0 +1,138 @@
+//! An image of libvirt as a source: QEMU's bytes behind the head, as what they are.
+
+use std::io::{BufReader, Read};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use io::{Cancel, Inflow, ReadPair};
+use wire::libvirt::Head;
+use wire::qemu::global_state;
+
+use super::extents::TAIL_LEN_MAX;
+use super::flow::{GuestShape, Pages, Source, Tail};
+use super::mapped_ram::faulty;
+use super::{Bounds, Format, MappedRamSource, Payload, StreamSource, decompress};
+use crate::{Error, Kind, Result};
+
+/// How much of a decompressed stream is handed on at once.
+const CHUNK: usize = 1 << 20;
+/// The most that may come out of a compressed stream beside the RAM that it announces.
+const OVERHEAD_MAX: u64 = TAIL_LEN_MAX + (64 << 20);
+
+/// An image behind a head of libvirt's.
+pub struct LibvirtSource {
+    head: Head,
+    inner: Box<dyn Source>,
+}
+
+impl LibvirtSource {
+    /// Opens the image that starts at the offset `start` of a file or device; `path` is for messages.
+    ///
+    /// # Errors
+    /// As of the formats within; [`Kind::Misuse`] where there is no head.
+    pub fn open(pair: ReadPair, path: &Path, start: u64, cancel: &Cancel) -> Result<LibvirtSource> {
+        let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
+        let payload = Payload::of(&pair.buffered, path, start)?;
+        // Whoever said what it is may have been wrong.
+        Format::of_payload(&pair.buffered, path, &payload)?;
+        let compressed = payload.compressed();
+        let Some(head) = payload.head else {
+            let clause = format!("{}: is no save image of libvirt", path.display());
+            return Err(Error::new(Kind::Misuse, clause));
+        };
+        let bounds = Bounds::of(&pair.buffered, path, payload.at)?;
+        let inner: Box<dyn Source> = if let Some(format) = compressed {
+            let stream = decompress(&pair.buffered, path, format, payload.at, bounds.end)?;
+            let left = Arc::new(AtomicU64::new(OVERHEAD_MAX));
+            let bounded = Bounded { inner: stream, left: left.clone() };
+            let from = Box::new(BufReader::with_capacity(CHUNK, bounded));
+            let source = StreamSource::open(from, path, 0, None)?;
+            // A live save sends pages more than once, and libvirt saves guests that stand still.
+            left.fetch_add(source.shape().ram_bytes().min(u64::MAX / 4) * 2, Ordering::Relaxed);
+            Box::new(source)
+        } else if head.format == wire::libvirt::PayloadFormat::Sparse {
+            Box::new(MappedRamSource::open(pair, path, start)?)
+        } else {
+            let from = Inflow::of_file(Arc::new(pair), payload.at, bounds.end, cancel).map_err(cannot)?;
+            Box::new(StreamSource::open(Box::new(from), path, payload.at, Some(bounds.len()))?)
+        };
+        Ok(LibvirtSource { head, inner })
+    }
+}
+
+impl Source for LibvirtSource {
+    fn format(&self) -> Format {
+        Format::Libvirt(self.head.format)
+    }
+
+    fn path(&self) -> &Path {
+        self.inner.path()
+    }
+
+    fn shape(&self) -> &GuestShape {
+        self.inner.shape()
+    }
+
+    fn domain(&self) -> Option<&Head> {
+        Some(&self.head)
+    }
+
+    fn data_bytes_max(&self) -> Result<Option<u64>> {
+        self.inner.data_bytes_max()
+    }
+
+    fn pages(&mut self) -> Result<Pages<'_>> {
+        self.inner.pages()
+    }
+
+    /// As QEMU wrote it, but for the run state where libvirt's head has another: libvirt stops a guest before QEMU
+    /// saves it, so QEMU has noted that it was paused.
+    fn tail(&mut self) -> Result<Tail> {
+        let mut tail = self.inner.tail()?;
+        if self.head.was_running {
+            let devices = tail.devices(self.inner.path())?;
+            if let Some(section) = devices.section(global_state::GLOBAL_STATE_SECTION, 0) {
+                let range = section.payload;
+                let at = |offset: u64| usize::try_from(offset.saturating_sub(tail.at)).unwrap_or(usize::MAX);
+                if let Some(payload) = tail.bytes.get_mut(at(range.start)..at(range.end)) {
+                    global_state::patch_run_state(payload, "running")
+                        .map_err(|fault| faulty(self.inner.path(), fault))?;
+                }
+            }
+        }
+        Ok(tail)
+    }
+}
+
+/// What comes out of little may be very much: more than a guest has is refused.
+struct Bounded<R> {
+    inner: R,
+    left: Arc<AtomicU64>,
+}
+
+impl<R: Read> Read for Bounded<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let len = self.inner.read(buffer)?;
+        let left = self.left.load(Ordering::Relaxed).checked_sub(len as u64).ok_or_else(|| {
+            std::io::Error::other("more comes out of the compressed stream than its guest has RAM for")
+        })?;
+        self.left.store(left, Ordering::Relaxed);
+        Ok(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_comes_out_than_is_left() {
+        let left = Arc::new(AtomicU64::new(10));
+        let mut bounded = Bounded { inner: std::io::repeat(1), left: left.clone() };
+        assert_eq!(bounded.read(&mut [0; 10]).unwrap(), 10);
+        assert!(bounded.read(&mut [0; 1]).is_err());
+        left.store(5, Ordering::Relaxed);
+        assert_eq!(bounded.read(&mut [0; 5]).unwrap(), 5);
+    }
+}

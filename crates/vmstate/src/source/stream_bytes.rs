@@ -1,0 +1,147 @@
+//! The bytes of a stream in their order, out of a file as they are or decompressed.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use wire::{Fault, FileRange};
+
+use super::extents::{TAIL_LEN_MAX, unreadable};
+use super::{Bounds, Payload, decompress};
+use crate::{Error, Kind, Result};
+
+/// The most that a decompressed stream may have beside the RAM that it announces, in bytes: device state, records of
+/// zero pages, and what stands before the announcement.
+const OVERHEAD_MAX: u64 = TAIL_LEN_MAX + (64 << 20);
+
+/// A stream that is read once, from front to back.
+pub(crate) struct StreamBytes<'a> {
+    file: &'a File,
+    path: &'a Path,
+    /// The offset of the next byte: of the file, or of the stream where that was compressed.
+    at: u64,
+    /// The end of the file; `None` where the stream was compressed.
+    end: Option<u64>,
+    decompressed: Option<Box<dyn Read + Send>>,
+    ram_bytes: u64,
+}
+
+impl<'a> StreamBytes<'a> {
+    /// The stream of a payload.
+    pub(super) fn open(file: &'a File, path: &'a Path, payload: &Payload) -> Result<StreamBytes<'a>> {
+        let Bounds { end, .. } = Bounds::of(file, path, payload.at)?;
+        let decompressed: Option<Box<dyn Read + Send>> = match payload.compressed() {
+            Some(format) => Some(Box::new(decompress(file, path, format, payload.at, end)?)),
+            None => None,
+        };
+        let (at, end) = if decompressed.is_some() { (0, None) } else { (payload.at, Some(end)) };
+        Ok(StreamBytes { file, path, at, end, decompressed, ram_bytes: 0 })
+    }
+
+    /// The offset of the next byte.
+    pub(super) fn position(&self) -> u64 {
+        self.at
+    }
+
+    /// Says how much RAM the stream announces, which bounds how much may come out of it.
+    pub(super) fn announce(&mut self, ram_bytes: u64) {
+        self.ram_bytes = ram_bytes;
+    }
+
+    /// Reads until the window is full or the stream ends, and gives how many bytes that are.
+    pub(crate) fn read(&mut self, window: &mut [u8]) -> Result<usize> {
+        let Some(stream) = &mut self.decompressed else {
+            let left = self.end.unwrap_or_default().saturating_sub(self.at);
+            let len = window.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            self.file
+                .read_exact_at(&mut window[..len], self.at)
+                .map_err(|error| Error::io(format!("cannot read {}", self.path.display()), error))?;
+            self.at += len as u64;
+            return Ok(len);
+        };
+        let mut len = 0;
+        while len < window.len() {
+            match stream.read(&mut window[len..]) {
+                Ok(0) => break,
+                Ok(read) => len += read,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.not_decompressed(error, len)),
+            }
+        }
+        self.at += len as u64;
+        // A live save sends pages more than once, and libvirt saves guests that stand still.
+        let most = self.ram_bytes.saturating_mul(2).saturating_add(OVERHEAD_MAX);
+        if self.at > most {
+            let clause = format!(
+                "{}: more than {most:#x} bytes come out of it, of a guest with {:#x} bytes of RAM",
+                self.path.display(),
+                self.ram_bytes
+            );
+            return Err(Error::new(Kind::Damaged, clause));
+        }
+        Ok(len)
+    }
+
+    /// The rest of the stream, of which `window` is the part that was read already.
+    pub(super) fn rest(&mut self, window: &[u8]) -> Result<Rest> {
+        let start = self.at - window.len() as u64;
+        if let Some(end) = self.end {
+            return Ok(Rest { range: FileRange::new(start, end), decompressed: None });
+        }
+        let mut bytes = window.to_vec();
+        let mut more = vec![0; 1 << 20];
+        loop {
+            let len = self.read(&mut more)?;
+            bytes.extend_from_slice(&more[..len]);
+            if len < more.len() {
+                break;
+            }
+            if bytes.len() as u64 > TAIL_LEN_MAX {
+                let clause =
+                    format!("{}: more than {TAIL_LEN_MAX:#x} bytes of device state", self.path.display());
+                return Err(Error::new(Kind::Unsupported, clause));
+            }
+        }
+        Ok(Rest { range: FileRange::new(start, self.at), decompressed: Some(bytes) })
+    }
+
+    fn not_decompressed(&self, error: std::io::Error, len: usize) -> Error {
+        let at = self.at + len as u64;
+        let clause = format!("{}: cannot be decompressed beyond {at:#x} of its stream", self.path.display());
+        match error.kind() {
+            ErrorKind::InvalidData
+            | ErrorKind::InvalidInput
+            | ErrorKind::UnexpectedEof
+            | ErrorKind::Other => Error::new(Kind::Damaged, clause).because(error),
+            _ => Error::io(clause, error),
+        }
+    }
+}
+
+/// What stands behind the pages of a stream.
+#[derive(Clone, Debug)]
+pub struct Rest {
+    /// Where: by offsets of the file, or of the stream where that was compressed.
+    pub range: FileRange,
+    /// The bytes, where they are not to be had from the file.
+    decompressed: Option<Vec<u8>>,
+}
+
+impl Rest {
+    /// The bytes.
+    ///
+    /// # Errors
+    /// The fault of a range that is not to be read into memory; those of the system.
+    pub(crate) fn bytes(&self, file: &File) -> std::io::Result<std::result::Result<Vec<u8>, Fault>> {
+        if let Some(bytes) = &self.decompressed {
+            return Ok(Ok(bytes.clone()));
+        }
+        if let Some(fault) = unreadable(file, self.range.end, self.range) {
+            return Ok(Err(fault));
+        }
+        let mut bytes = vec![0; self.range.len() as usize];
+        file.read_exact_at(&mut bytes, self.range.start)?;
+        Ok(Ok(bytes))
+    }
+}
