@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use ::io::Cancel;
 use page::{PageCount, PageSet, PageSize, Window};
 use rustix::fs::fstat;
 
@@ -27,6 +28,7 @@ use crate::windows::Windows;
 pub struct GuestRam {
     peer: Arc<Peer>,
     regions: Vec<Region>,
+    cancel: Option<Cancel>,
 }
 
 /// One block and the way to its bytes.
@@ -107,7 +109,13 @@ impl GuestRam {
             })
         };
         let regions = blocks.iter().map(attach).collect::<Result<_, _>>()?;
-        Ok(GuestRam { peer, regions })
+        Ok(GuestRam { peer, regions, cancel: None })
+    }
+
+    /// From now on a walk over page tables fails with `Interrupted` soon after the switch is thrown. Where little is
+    /// there, nobody else would look at the switch for as long as that takes: a second for a tebibyte.
+    pub fn heed(&mut self, cancel: &Cancel) {
+        self.cancel = Some(cancel.clone());
     }
 
     /// The process.
@@ -204,6 +212,7 @@ impl GuestRam {
             let length = block.length.next_multiple_of(host);
             let stretch = Stretch { address: block.address, length };
             PageTableRuns::open(self.peer.clone(), stretch, method)
+                .map(|runs| runs.heeding(self.cancel.clone()))
         };
         let runs: Runs<'_> = match reach {
             Reach::Process => Box::new(of_process()?),

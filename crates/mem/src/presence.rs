@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use ::io::Cancel;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
@@ -39,6 +40,10 @@ const ENTRY_SWAPPED: u64 = 1 << 62;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
+
+/// How much address space one PAGEMAP_SCAN call walks at the most, in bytes: a call cannot be interrupted, and one
+/// over a tebibyte that is all there would take a second.
+const SCAN_LEN: u64 = 64 << 30;
 
 /// `struct page_region` of linux/fs.h.
 #[repr(C)]
@@ -90,6 +95,7 @@ pub(crate) struct PageTableRuns {
     stretch: Stretch,
     walk: Walk,
     is_over: bool,
+    cancel: Option<Cancel>,
 }
 
 enum Walk {
@@ -118,13 +124,22 @@ impl PageTableRuns {
             }
             PagemapMethod::Auto | PagemapMethod::Scan => Walk::Scan(ScanWalk::new(pagemap, stretch)),
         };
-        Ok(PageTableRuns { peer, stretch, walk, is_over: false })
+        Ok(PageTableRuns { peer, stretch, walk, is_over: false, cancel: None })
+    }
+
+    /// A walk that fails with `Interrupted` soon after the switch is thrown, also where it finds nothing for long.
+    pub(crate) fn heeding(self, cancel: Option<Cancel>) -> PageTableRuns {
+        PageTableRuns { cancel, ..self }
     }
 
     fn advance(&mut self) -> io::Result<Option<Range<u64>>> {
+        let go_on = || match &self.cancel {
+            Some(cancel) if cancel.is_cancelled() => Err(io::Error::from(io::ErrorKind::Interrupted)),
+            _ => Ok(()),
+        };
         let found = match &mut self.walk {
-            Walk::Scan(walk) => walk.next_run()?,
-            Walk::Entries(walk) => walk.next_run()?,
+            Walk::Scan(walk) => walk.next_run(go_on)?,
+            Walk::Entries(walk) => walk.next_run(go_on)?,
         };
         // A process that ended has no pages left, which must not pass for a guest full of zeros. Kernels
         // fail the walk then; nothing documents that they must.
@@ -202,13 +217,15 @@ impl ScanWalk {
         ScanWalk { pagemap, rest, runs: vec![PageRegion::default(); SCAN_RUNS], found: 0, taken: 0 }
     }
 
-    fn next_run(&mut self) -> io::Result<Option<Range<u64>>> {
+    fn next_run(&mut self, go_on: impl Fn() -> io::Result<()>) -> io::Result<Option<Range<u64>>> {
         while self.taken == self.found {
             if self.rest.is_empty() {
                 return Ok(None);
             }
-            let (found, reached) = scan(&self.pagemap, self.rest.clone(), &mut self.runs)?;
-            if reached <= self.rest.start || reached > self.rest.end {
+            go_on()?;
+            let end = self.rest.end.min(self.rest.start.saturating_add(SCAN_LEN));
+            let (found, reached) = scan(&self.pagemap, self.rest.start..end, &mut self.runs)?;
+            if reached <= self.rest.start || reached > end {
                 return Err(io::Error::other(format!("PAGEMAP_SCAN stopped at {reached:#x}")));
             }
             self.rest.start = reached;
@@ -251,9 +268,9 @@ impl EntryWalk {
         }
     }
 
-    fn next_run(&mut self) -> io::Result<Option<Range<u64>>> {
+    fn next_run(&mut self, go_on: impl Fn() -> io::Result<()>) -> io::Result<Option<Range<u64>>> {
         let mut start = None;
-        while self.taken < self.filled || self.refill()? {
+        while self.taken < self.filled || go_on().and_then(|()| self.refill())? {
             let wanted = start.is_none();
             let skipped = self.skip_until(wanted);
             match start {

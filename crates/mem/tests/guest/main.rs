@@ -75,6 +75,24 @@ fn private_pages_are_present_where_they_were_touched() {
 }
 
 #[test]
+fn a_walk_ends_with_the_switch_also_where_nothing_is_found() {
+    let mut process = Process::start();
+    let memory = process.anonymous(64 * MIB);
+    let cancel = ::io::Cancel::new().expect("an eventfd");
+    let mut ram = GuestRam::attach(process.peer(), &[block("ram", memory)]).expect("private memory");
+    ram.heed(&cancel);
+    for method in methods(&ram, 0) {
+        presence(&ram, 0, method).expect("nobody has thrown the switch");
+    }
+    let methods = methods(&ram, 0);
+    cancel.cancel();
+    for method in methods {
+        let error = presence(&ram, 0, method).expect_err("the switch is thrown");
+        assert_eq!(error.kind(), io::ErrorKind::Interrupted, "{method:?}");
+    }
+}
+
+#[test]
 fn more_scattered_pages_than_one_call_reports_are_all_found() {
     // Every other page of 128 MiB: 16384 runs, four times what one PAGEMAP_SCAN call gives back.
     let mut process = Process::start();

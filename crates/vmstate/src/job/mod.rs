@@ -137,6 +137,14 @@ fn note_engine(observer: &dyn Observer) -> crate::Result<()> {
     Ok(())
 }
 
+/// The error of a look at which pages of a block are there; a look that the cancel has ended is no error of its own.
+pub(crate) fn untold_pages(name: &str, error: std::io::Error) -> crate::Error {
+    match error.kind() {
+        std::io::ErrorKind::Interrupted => crate::Error::interrupted(),
+        _ => crate::Error::io(format!("cannot tell which pages of `{name}` are there"), error),
+    }
+}
+
 /// The resident anonymous memory of this process in bytes: what the job costs beside the guest's own pages,
 /// which may be mapped here too. Zero where the kernel does not tell.
 fn anonymous_memory_bytes() -> u64 {

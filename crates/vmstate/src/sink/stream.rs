@@ -15,6 +15,7 @@ use wire::mapped_ram::{Sections, encode_tail};
 use wire::qemu::{Item, Preamble, RamSetup, RecordEncoder};
 
 use super::devices::{LiftedDevices, not_understood};
+use crate::job::untold_pages;
 use crate::manifest::Manifest;
 use crate::qemu::Probe;
 use crate::{Error, Kind, Result};
@@ -94,8 +95,7 @@ impl StreamComposition {
         let mut records = RecordEncoder::new(&self.setup);
         let mut sent = PagesSent::default();
         for (region, block) in self.setup.blocks.iter().enumerate() {
-            let untold =
-                |error| Error::io(format!("cannot tell which pages of `{}` are there", block.name), error);
+            let untold = |error| untold_pages(&block.name, error);
             let page = ram.block(region).page_size;
             let count = PageCount(block.used_length / page);
             let mut present = (block.used_length <= ZEROED_LEN_MAX).then(|| PageSet::new(count));

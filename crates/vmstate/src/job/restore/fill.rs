@@ -116,6 +116,9 @@ fn fill_block(
     let failed = |error| Error::io(format!("cannot fill the target's `{name}`"), error);
     // A fresh target has next to nothing there; a memory file that was used before has.
     for window in ram.windows(0).map_err(failed)? {
+        if cancel.is_cancelled() {
+            return Err(Error::interrupted());
+        }
         for run in beside(&window.map_err(failed)?, &pages) {
             fillable.clear(run).map_err(failed)?;
         }

@@ -67,6 +67,10 @@ pub(super) fn verify_zero(image: &Image, session: &mut Session, pid: Option<u32>
         let pages = image.pages(index)?;
         let unreadable = |error| Error::io(format!("cannot read the target's `{name}`"), error);
         for window in ram.windows(0).map_err(unreadable)? {
+            // A target that was used before may have gibibytes to look at.
+            if session.client.is_cancelled() {
+                return Err(Error::interrupted());
+            }
             let window = window.map_err(unreadable)?;
             for run in beside(&window, &pages) {
                 if let Some(offset) =

@@ -43,7 +43,7 @@ pub(super) fn prepare(settings: &SaveSettings, session: &mut Session) -> Result<
     let page_size = probe.configuration.page_size().unwrap_or(PageSize::X86);
     let found = qemu::with_addresses(&mut session.client, &peer, &blocks)?;
     let addresses = locate(&probe, &found, page_size)?;
-    let ram = GuestRam::attach(Arc::new(peer), &addresses).map_err(|error| {
+    let mut ram = GuestRam::attach(Arc::new(peer), &addresses).map_err(|error| {
         let hint = denied_hint(&error);
         let error = Error::new(Kind::Unsupported, "QEMU's memory cannot be reached").because(error);
         match hint {
@@ -51,6 +51,9 @@ pub(super) fn prepare(settings: &SaveSettings, session: &mut Session) -> Result<
             None => error,
         }
     })?;
+    if let Some(cancel) = session.client.cancel() {
+        ram.heed(cancel);
+    }
     let facts = qemu::guest_facts(&mut session.client)?;
     Ok(Prepared { probe, blocks, ram: Arc::new(ram), facts })
 }

@@ -4,7 +4,7 @@ use io::{Rates, Target};
 use mem::GuestRam;
 
 use super::{SaveFormat, SaveSettings};
-use crate::job::{DirectIo, Observer};
+use crate::job::{DirectIo, Observer, untold_pages};
 use crate::qemu::Probe;
 use crate::sink::MappedRamComposition;
 use crate::{Error, Result};
@@ -21,7 +21,7 @@ pub(super) fn present_bytes(ram: &GuestRam) -> Result<u64> {
     let mut sum = 0;
     for region in 0..ram.regions() {
         let name = &ram.block(region).name;
-        let untold = |error| Error::io(format!("cannot tell which pages of `{name}` are there"), error);
+        let untold = |error| untold_pages(name, error);
         for window in ram.windows(region).map_err(untold)? {
             let piece = ram.piece(region, &window.map_err(untold)?, 0);
             sum += piece.bytes_in(&piece.mask);
@@ -38,9 +38,10 @@ fn data_bytes(ram: &GuestRam) -> Result<u64> {
     let mut bytes = Vec::new();
     for region in 0..ram.regions() {
         let block = ram.block(region);
+        let untold = |error| untold_pages(&block.name, error);
         let unread = |error| Error::io(format!("cannot read `{}`", block.name), error);
-        for window in ram.windows(region).map_err(unread)? {
-            let window = window.map_err(unread)?;
+        for window in ram.windows(region).map_err(untold)? {
+            let window = window.map_err(untold)?;
             for (start, end) in window.mask.runs() {
                 let at = |page: usize| ((window.first.0 + page as u64) * block.page_size).min(block.length);
                 // A window at the most.

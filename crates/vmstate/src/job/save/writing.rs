@@ -6,7 +6,7 @@ use io::{Cancel, Counters, LaneOptions, LaneSettings, Outflow, Target, WriteLane
 use mem::GuestRam;
 
 use super::{SaveFormat, SaveSettings};
-use crate::job::anonymous_memory_bytes;
+use crate::job::{anonymous_memory_bytes, untold_pages};
 use crate::manifest::Manifest;
 use crate::qemu::Probe;
 use crate::sink::{MappedRamComposition, StreamComposition, bitmap_pieces};
@@ -137,8 +137,7 @@ impl<'a> Writing<'a> {
 /// Deals every page that is there to the lanes, a window at a time.
 fn deal(ram: &GuestRam, composition: &MappedRamComposition, lanes: &WriteLanes) -> Result<()> {
     for (region, place) in composition.places().enumerate() {
-        let untold =
-            |error| Error::io(format!("cannot tell which pages of `{}` are there", place.name), error);
+        let untold = |error| untold_pages(&place.name, error);
         for window in ram.windows(region).map_err(untold)? {
             lanes.deal(ram.piece(region, &window.map_err(untold)?, place.pages.start))?;
         }
