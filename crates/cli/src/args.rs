@@ -31,6 +31,8 @@ pub enum Command {
     Info(Inspect),
     /// Look for every structural fault of an image; exit 1 when there is one
     Check(Inspect),
+    /// Show where guest memory is in an image, or what changed from one to another; as ranges or as a picture
+    Map(Map),
     /// Show the device state of an image, field by field
     Devices(Devices),
     /// Boot the built-in guest, save it, restore it, and compare with QEMU's own best way
@@ -216,6 +218,82 @@ pub struct Inspect {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Map {
+    /// The image to read: mapped-ram or stream, by vmstate or by QEMU
+    pub image: PathBuf,
+
+    /// A later image of the same guest: tell what changed
+    #[arg(value_name = "LATER")]
+    pub other: Option<PathBuf>,
+
+    /// Draw a picture instead of listing ranges
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+
+    /// Draw a picture instead of listing ranges
+    #[arg(long, value_name = "FILE")]
+    pub png: Option<PathBuf>,
+
+    /// How memory runs through the picture
+    #[arg(long, value_enum, default_value_t = LayoutArg::Hilbert)]
+    pub layout: LayoutArg,
+
+    /// What the picture is drawn on; auto is what the reader of an SVG prefers, and light in a PNG
+    #[arg(long, value_enum, default_value_t = ThemeArg::Auto)]
+    pub theme: ThemeArg,
+
+    /// Do not read pages to find those that are all zero, nor how random they are
+    #[arg(long, conflicts_with = "other")]
+    pub no_scan: bool,
+
+    /// Replace pictures that exist
+    #[arg(long)]
+    pub overwrite: bool,
+
+    /// Where in IMAGE it starts (0x10000, 64K, 1M, 2G)
+    #[arg(long, value_name = "N", default_value = "0", value_parser = bytes)]
+    pub offset: u64,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LayoutArg {
+    /// Neighbours in memory stay together
+    Hilbert,
+    /// Row by row
+    Rows,
+}
+
+impl From<LayoutArg> for crate::picture::Layout {
+    fn from(layout: LayoutArg) -> Self {
+        match layout {
+            LayoutArg::Hilbert => Self::Hilbert,
+            LayoutArg::Rows => Self::Rows,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ThemeArg {
+    Auto,
+    Light,
+    Dark,
+}
+
+impl From<ThemeArg> for crate::picture::Theme {
+    fn from(theme: ThemeArg) -> Self {
+        match theme {
+            ThemeArg::Auto => Self::Auto,
+            ThemeArg::Light => Self::Light,
+            ThemeArg::Dark => Self::Dark,
+        }
+    }
 }
 
 #[derive(Debug, ClapArgs)]
@@ -441,6 +519,7 @@ impl Args {
             Command::Restore(args) => args.report.json,
             Command::Resume(args) => args.report.json,
             Command::Info(args) | Command::Check(args) => args.json,
+            Command::Map(args) => args.json,
             Command::Devices(args) => args.json,
             Command::Demo(args) => args.json,
             Command::Bench(args) => args.json,

@@ -107,6 +107,11 @@ impl PageSet {
         })
     }
 
+    /// The page behind the run that `page` is in: the next that is in the set if it is not, or is not if it is.
+    pub fn run_end(&self, page: PageIndex) -> PageIndex {
+        PageIndex(self.next(page.0, !self.contains(page)))
+    }
+
     fn next(&self, from: u64, wanted: bool) -> u64 {
         let mut at = from;
         while at < self.pages {
@@ -165,6 +170,15 @@ mod tests {
             set.remove(PageRange::new(start, end));
         }
         assert_eq!(set.count(), PageCount(0));
+    }
+
+    #[test]
+    fn a_run_ends_where_membership_changes() {
+        let mut set = PageSet::new(PageCount(200));
+        set.insert(PageRange::new(3, 130));
+        for (page, end) in [(0, 3), (2, 3), (3, 130), (129, 130), (130, 200), (199, 200)] {
+            assert_eq!(set.run_end(PageIndex(page)), PageIndex(end), "{page}");
+        }
     }
 
     #[test]

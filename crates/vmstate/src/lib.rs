@@ -25,6 +25,8 @@ mod rate;
 pub mod sink;
 pub mod source;
 
+pub use page;
+
 pub use error::{Error, Kind, Result};
 pub use io::{Cancel, Owner};
 pub use job::{

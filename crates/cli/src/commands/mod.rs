@@ -5,6 +5,7 @@ mod check;
 mod demo;
 mod devices;
 mod info;
+mod map;
 mod restore;
 mod resume;
 mod save;
@@ -31,6 +32,7 @@ pub fn run(args: Args) -> vmstate::Result<Outcome> {
         Command::Resume(args) => resume::run(args),
         Command::Info(args) => info::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Map(args) => map::run(&args),
         Command::Devices(args) => devices::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -11,6 +11,7 @@ mod devices;
 mod footprint;
 mod held;
 mod killed;
+mod map;
 mod monitors;
 mod progress;
 mod signals;

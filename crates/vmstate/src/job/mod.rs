@@ -16,6 +16,9 @@ pub use inspect::{BlockSummary, Check, ImageInfo, SectionSummary, check, check_a
 pub use wire::qemu::fields;
 
 pub use inspect::{DescribedBy, DevicesSettings, SectionContent, SectionReport, devices};
+pub use inspect::{
+    FilePlace, Joiner, MapKind, MapRange, MapRun, MapSettings, MapVisitor, MappedImage, map, map_changes,
+};
 pub use progress::{Estimate, Pace, Progress, ProgressReading};
 pub use restore::{FaultReport, Mode, Record, RestoreReport, RestoreSettings, Target, restore};
 pub use resume::{ResumeReport, ResumeSettings, resume};

@@ -9,7 +9,7 @@ use wire::FileRange;
 use wire::qemu::vmdesc::VmDescription;
 use wire::qemu::{Configuration, DeviceSection, DeviceState};
 
-use super::{Format, MappedRamFile, Payload, StreamFile};
+use super::{Format, MappedRamFile, Payload, Places, StreamFile};
 use crate::manifest::Manifest;
 use crate::{Error, Kind, Result};
 
@@ -77,6 +77,20 @@ impl Image {
                 None => Ok(PageSet::new(page::PageCount(0))),
             },
             Image::Stream(stream) => Ok(stream.pages(index)),
+        }
+    }
+
+    /// Where the image has the pages of block `index`.
+    ///
+    /// # Errors
+    /// As [`MappedRamFile::pages`].
+    pub fn places(&self, index: usize) -> Result<Places> {
+        match self {
+            Image::MappedRam(image) => match image.layout().blocks.get(index) {
+                Some(block) => Ok(Places::of_set(image.pages(block)?, block.pages.start, block.page_size)),
+                None => Ok(Places::of_runs(&[], page::PageCount(0))),
+            },
+            Image::Stream(stream) => Ok(stream.places(index)),
         }
     }
 

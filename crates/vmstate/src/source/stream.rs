@@ -50,15 +50,27 @@ pub struct StreamContents {
 /// Only of the operating system, and what keeps a stream from being decompressed; what is wrong with it is in the
 /// report.
 pub fn scan_stream(file: &File, path: &Path, payload: &Payload) -> Result<StreamContents> {
-    scan_pages(file, path, payload, |_, _| {})
+    scan_pages(file, path, payload, |_| {})
 }
 
-/// As [`scan_stream`], and hands every page to `on_page`: its block's place in the list, and itself.
+/// A page of a stream.
+pub(super) struct SentPage {
+    /// The block, as its place in the list.
+    pub block: usize,
+    /// The page.
+    pub page: PageIndex,
+    /// The size of pages.
+    pub size: PageSize,
+    /// Where its bytes are in the file; `None` where it was sent as zero.
+    pub data_at: Option<u64>,
+}
+
+/// As [`scan_stream`], and hands every page to `on_page`.
 pub(super) fn scan_pages(
     file: &File,
     path: &Path,
     payload: &Payload,
-    mut on_page: impl FnMut(usize, PageIndex),
+    mut on_page: impl FnMut(SentPage),
 ) -> Result<StreamContents> {
     let mut bytes = StreamBytes::open(file, path, payload)?;
     let mut scanner = StreamScanner::surveying(bytes.position(), PageSize::X86);
@@ -90,12 +102,19 @@ pub(super) fn scan_pages(
                     let block = |entry| StreamBlock { entry, pages: 0, zero_pages: 0 };
                     contents.blocks = setup.blocks.into_iter().map(block).collect();
                 }
-                Event::Page { block, offset, .. } => {
-                    on_page(block, PageIndex(offset >> contents.page_size.shift()));
+                Event::Page { block, offset, at, .. } => {
+                    let size = contents.page_size;
+                    on_page(SentPage {
+                        block,
+                        page: PageIndex(offset >> size.shift()),
+                        size,
+                        data_at: Some(at),
+                    });
                     contents.blocks.get_mut(block).into_iter().for_each(|block| block.pages += 1);
                 }
                 Event::Zero { block, offset } => {
-                    on_page(block, PageIndex(offset >> contents.page_size.shift()));
+                    let size = contents.page_size;
+                    on_page(SentPage { block, page: PageIndex(offset >> size.shift()), size, data_at: None });
                     contents.blocks.get_mut(block).into_iter().for_each(|block| block.zero_pages += 1);
                 }
                 Event::Early(section) => contents.early.push(section),

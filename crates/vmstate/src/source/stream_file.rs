@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use page::{PageIndex, PageRange, PageSet, RamBlock};
+use page::{PageSet, RamBlock};
 use wire::FileRange;
 use wire::qemu::vmdesc::{self, VmDescription};
 use wire::qemu::{DeviceState, check_early, global_state, split_sections};
 
 use super::Payload;
 use super::mapped_ram::faulty;
+use super::places::{Places, SentRun};
 use super::stream::{StreamContents, scan_pages};
 use super::stream_bytes::StreamBytes;
 use crate::{Error, Kind, Result};
@@ -28,7 +29,7 @@ pub struct StreamFile {
     contents: StreamContents,
     /// Which pages were sent, in the order of the stream, neighbours joined. Their number is bounded by the
     /// length of the file, whatever lengths the blocks claim.
-    sent: Vec<Vec<PageRange>>,
+    sent: Vec<Vec<SentRun>>,
     tail: FileRange,
     blob: Vec<u8>,
     devices: DeviceState,
@@ -45,20 +46,12 @@ impl StreamFile {
         let payload = Payload::of(file, path, start)?;
         let runs_max = if payload.compressed().is_some() { RUNS_MAX } else { usize::MAX };
         let mut runs = 0;
-        let mut sent: Vec<Vec<PageRange>> = Vec::new();
-        let contents = scan_pages(file, path, &payload, |block, page| {
+        let mut sent: Vec<Vec<SentRun>> = Vec::new();
+        let contents = scan_pages(file, path, &payload, |page| {
             // The scanner knows no more blocks than a guest can have.
-            sent.resize_with(sent.len().max(block + 1), Vec::new);
-            let next = PageIndex(page.0 + 1);
-            match sent[block].last_mut() {
-                Some(run) if run.end == page => run.end = next,
-                Some(run) if (run.start..run.end).contains(&page) => {}
-                _ => {
-                    runs += 1;
-                    if runs <= runs_max {
-                        sent[block].push(PageRange { start: page, end: next });
-                    }
-                }
+            sent.resize_with(sent.len().max(page.block + 1), Vec::new);
+            if runs <= runs_max {
+                runs += usize::from(SentRun::add(&mut sent[page.block], &page));
             }
         })?;
         if runs > runs_max {
@@ -129,8 +122,15 @@ impl StreamFile {
     pub fn pages(&self, block: usize) -> PageSet {
         let length = self.contents.blocks.get(block).map_or(0, |block| block.entry.used_length);
         let mut pages = PageSet::new(self.contents.page_size.pages_of(length));
-        self.sent.get(block).into_iter().flatten().for_each(|run| pages.insert(*run));
+        self.sent.get(block).into_iter().flatten().for_each(|run| pages.insert(run.range));
         pages
+    }
+
+    /// Where the pages of a block are.
+    pub(super) fn places(&self, block: usize) -> Places {
+        let length = self.contents.blocks.get(block).map_or(0, |block| block.entry.used_length);
+        let pages = self.contents.page_size.pages_of(length);
+        Places::of_runs(self.sent.get(block).map_or(&[], Vec::as_slice), pages)
     }
 
     /// The device state, taken apart.
