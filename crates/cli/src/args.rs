@@ -7,6 +7,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use vmstate::net::QmpAddress;
 use vmstate::{Owner, Rate};
 
+use crate::monitor::{DomainRestoreArgs, MonitorArgs};
+
 /// Saves, restores and inspects the state of virtual machines, in the formats that QEMU reads and writes.
 #[derive(Debug, Parser)]
 #[command(name = "vmstate", version, max_term_width = 100, arg_required_else_help = true)]
@@ -50,18 +52,23 @@ pub enum Command {
 
 #[derive(Debug, ClapArgs)]
 pub struct Save {
-    /// The guest's QMP monitor: a unix socket's path, or tcp:HOST:PORT
-    #[arg(long, value_name = "ADDR", env = "VMSTATE_QMP")]
-    pub qmp: QmpAddress,
+    #[command(flatten)]
+    pub monitor: MonitorArgs,
 
     /// The image to write: a new file, a block device, a FIFO, or - for the standard output
-    pub image: PathBuf,
+    #[arg(required_unless_present = "managed")]
+    pub image: Option<PathBuf>,
+
+    /// Save to where libvirt looks when it starts the domain the next time, instead of to IMAGE
+    #[arg(long, requires = "domain", conflicts_with = "image")]
+    pub managed: bool,
 
     /// Who carries the RAM: vmstate from outside, or QEMU's own mapped-ram into our descriptors
     #[arg(long, value_enum, default_value_t = ViaArg::Auto)]
     pub via: ViaArg,
 
-    /// The image's format [default: mapped-ram; stream into a pipe, a FIFO or -]
+    /// The image's format [default: mapped-ram; stream into a pipe, a FIFO or -; with --domain libvirt-sparse where
+    /// libvirt and QEMU know it, else libvirt-raw]
     #[arg(long, value_enum)]
     pub format: Option<FormatArg>,
 
@@ -89,9 +96,9 @@ pub struct Save {
     #[arg(long, value_name = "RATE")]
     pub max_bandwidth: Option<Rate>,
 
-    /// What becomes of the guest after a save that succeeded
-    #[arg(long, value_enum, default_value_t = ThenArg::Pause)]
-    pub then: ThenArg,
+    /// What becomes of the guest after a save that succeeded [default: pause; quit with --domain]
+    #[arg(long, value_enum)]
+    pub then: Option<ThenArg>,
 
     #[command(flatten)]
     pub record: RecordArgs,
@@ -150,6 +157,13 @@ pub struct Restore {
     #[arg(long, value_enum, default_value_t = RestoreViaArg::Auto)]
     pub via: RestoreViaArg,
 
+    /// Let libvirt restore the domain whose image this is
+    #[arg(long, conflicts_with_all = ["qmp", "qemu", "via", "mode", "force", "qemu_log", "foreground", "offset"])]
+    pub domain: bool,
+
+    #[command(flatten)]
+    pub domain_args: DomainRestoreArgs,
+
     /// A QEMU that waits with -incoming defer: its QMP monitor
     #[arg(long, value_name = "ADDR", env = "VMSTATE_QMP")]
     pub qmp: Option<QmpAddress>,
@@ -194,9 +208,8 @@ pub struct Restore {
 
 #[derive(Debug, ClapArgs)]
 pub struct Resume {
-    /// The guest's QMP monitor, the one that the save used
-    #[arg(long, value_name = "ADDR", env = "VMSTATE_QMP")]
-    pub qmp: QmpAddress,
+    #[command(flatten)]
+    pub monitor: MonitorArgs,
 
     /// Clear also what a save by a process of another host or container has left
     #[arg(long)]
@@ -470,6 +483,10 @@ pub enum FormatArg {
     MappedRam,
     /// One record after the other: every QEMU reads it
     Stream,
+    /// What virsh restore takes, the RAM one record after the other: for every libvirt (with --domain)
+    LibvirtRaw,
+    /// What virsh restore takes since libvirt 11.2, the RAM at fixed offsets (with --domain)
+    LibvirtSparse,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -531,7 +548,10 @@ impl Args {
 impl Save {
     /// Whether the image goes to the standard output, so that nothing else may.
     pub fn takes_stdout(&self) -> bool {
-        !self.dry_run && ["-", "/dev/stdout"].iter().any(|name| self.image.as_os_str() == *name)
+        !self.dry_run
+            && ["-", "/dev/stdout"]
+                .iter()
+                .any(|name| self.image.as_ref().is_some_and(|image| image.as_os_str() == *name))
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod args;
 mod commands;
+mod monitor;
 mod output;
 mod picture;
 mod progress;

@@ -226,6 +226,8 @@ pub struct Draft {
     pub(crate) options: DraftOptions,
     /// Whether the temporary name is still to be removed.
     pub(crate) is_partial: bool,
+    /// Where the image begins: what stands before it is written last.
+    pub(crate) start: u64,
     direct: Option<File>,
     direct_io: DirectIo,
 }
@@ -261,6 +263,7 @@ impl Draft {
             buffered,
             options,
             is_partial: true,
+            start: 0,
             direct: None,
             direct_io: unsupported("switched off"),
         };

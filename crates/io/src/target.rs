@@ -1,7 +1,7 @@
 //! Where an image goes: what a name stands for, and what can be done there.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -125,8 +125,17 @@ impl Target {
     /// The offset at which the image starts.
     pub fn start(&self) -> u64 {
         match self {
+            Target::Draft(draft) => draft.start,
             Target::Place(place) => place.start(),
-            Target::Draft(_) | Target::Outflow(_) => 0,
+            Target::Outflow(_) => 0,
+        }
+    }
+
+    /// Keeps so many bytes free at the beginning of a new file, for what its image is to stand behind. Elsewhere it has
+    /// no effect: a place has its own start, and in a pipe things stand behind each other anyway.
+    pub fn reserve(&mut self, len: u64) {
+        if let Target::Draft(draft) = self {
+            draft.start = len;
         }
     }
 
@@ -223,7 +232,10 @@ impl Target {
     /// When no descriptor is left.
     pub fn outflow(&self, cancel: &Cancel) -> Result<Outflow, DraftError> {
         let opened = match self {
-            Target::Draft(Draft { buffered: file, .. }) => file.try_clone(),
+            Target::Draft(Draft { buffered: file, start, .. }) => file.try_clone().and_then(|mut file| {
+                file.seek(io::SeekFrom::Start(*start))?;
+                Ok(file)
+            }),
             Target::Place(place) => place.buffered().try_clone(),
             Target::Outflow(outflow) => outflow.try_clone_file(),
         };

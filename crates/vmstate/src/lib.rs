@@ -17,6 +17,7 @@
 pub mod codec;
 mod error;
 pub mod job;
+pub mod libvirt;
 pub mod manifest;
 pub mod net;
 pub mod qemu;
@@ -35,4 +36,5 @@ pub use job::{
     SaveFormat, SaveReport, SaveSettings, Target, Then, Unobserved, Via, check, check_at, convert, info,
     info_at, rehearse, restore, resume, save,
 };
+pub use job::{DomainRestoreReport, DomainRestoreSettings, managed_image, restore_domain};
 pub use rate::Rate;

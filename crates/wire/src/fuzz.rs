@@ -17,7 +17,7 @@ use crate::qemu::vmdesc::{self, Located};
 use crate::qemu::{
     BlockListVariant, Event, StreamScanner, decode_item, decode_preamble, decode_ram_setup, survey,
 };
-use crate::{DecodeError, Fault, FileRange, IdStr};
+use crate::{DecodeError, Fault, FileRange, IdStr, libvirt_rpc};
 
 /// What is read can be written, and is the same bytes then.
 pub fn preamble(data: &[u8]) {
@@ -393,4 +393,35 @@ fn read_return_path(data: &[u8], blocks: &[RequestedBlock]) -> Result<(), Fault>
         at += len;
     }
     Ok(())
+}
+
+/// Every message of libvirt's daemon is read or refused; the first byte chooses which it is taken for.
+pub fn libvirt_rpc(data: &[u8]) {
+    let Some((choice, data)) = data.split_first() else { return };
+    match choice % 7 {
+        0 => {
+            if let Some((header, _)) = data.split_first_chunk() {
+                if let Ok(read) = libvirt_rpc::Header::decode(header, 0) {
+                    let mut again = Vec::new();
+                    read.encode(&mut again);
+                    assert_eq!(again, header);
+                }
+            }
+        }
+        1 => drop(libvirt_rpc::decode_error(data, 0)),
+        2 => {
+            if let Ok(domain) = libvirt_rpc::decode_domain(data, 0) {
+                let again = libvirt_rpc::Arguments::new().domain(&domain);
+                assert_eq!(libvirt_rpc::decode_domain(again.bytes(), 0), Ok(domain));
+            }
+        }
+        3 => drop(libvirt_rpc::decode_string(data, 0)),
+        4 => drop(libvirt_rpc::decode_auth_types(data, 0)),
+        5 => drop(libvirt_rpc::decode_monitor_event(data, 0)),
+        _ => {
+            if let Some((word, _)) = data.split_first_chunk() {
+                drop(libvirt_rpc::decode_message_len(*word, 0));
+            }
+        }
+    }
 }

@@ -11,6 +11,7 @@
 //!   vmdescription.
 //! - [`mapped_ram`]: the random-access image that the `mapped-ram` capability makes of that stream.
 //! - [`libvirt`]: what libvirt puts in front of either: header, domain XML, cookie.
+//! - [`libvirt_rpc`]: the conversation with libvirt's daemon about a domain.
 //! - [`postcopy`]: the conversation with a target that runs before its memory has arrived.
 
 // Bytes are hostile: outside of tests nothing is indexed or unwrapped, but where a reason says why it holds.
@@ -27,6 +28,7 @@ pub mod findings;
 pub mod fuzz;
 mod idstr;
 pub mod libvirt;
+pub mod libvirt_rpc;
 pub mod mapped_ram;
 pub mod postcopy;
 pub mod qemu;

@@ -1,7 +1,9 @@
 //! `vmstate restore`.
 
 use serde_json::{Map, json};
-use vmstate::{Error, Kind, Mode, RestoreReport, RestoreSettings, Target, Via};
+use vmstate::{
+    DirectIo, DomainRestoreSettings, Error, Kind, Mode, RestoreReport, RestoreSettings, Target, Via,
+};
 
 use super::Outcome;
 use crate::args::{ModeArg, Restore, RestoreViaArg};
@@ -9,8 +11,49 @@ use crate::output::{Reporter, line, ms, print_json, say, size, time};
 use crate::progress::Told;
 use crate::signals::cancel_on_signals;
 
+/// Lets libvirt restore a domain.
+fn by_libvirt(args: Restore) -> vmstate::Result<Outcome> {
+    let read = |path: std::path::PathBuf| {
+        std::fs::read_to_string(&path)
+            .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))
+    };
+    let settings = DomainRestoreSettings {
+        uri: args.domain_args.connect.uri()?,
+        image: args.image,
+        xml: args.domain_args.xml.map(read).transpose()?,
+        record: args.record.choice(),
+        bypass_cache: args.direct_io.choice() == DirectIo::On,
+        channels: args.channels,
+        reset_nvram: args.domain_args.reset_nvram,
+    };
+    let cancel = cancel_on_signals()?;
+    let told = Told::start(Reporter { verbose: args.report.verbose }, args.progress.progress)?;
+    let report = vmstate::restore_domain(&settings, &cancel, &told)?;
+    drop(told);
+    if args.report.json {
+        print_json(&json!({
+            "mode": "eager",
+            "via": "libvirt",
+            "domain": report.domain,
+            "duration_ms": ms(report.duration),
+        }));
+    } else {
+        line(format!(
+            "restored domain {} from {} by {} in {}",
+            report.domain,
+            settings.image.display(),
+            settings.uri,
+            time(report.duration)
+        ));
+    }
+    Ok(Outcome::Done)
+}
+
 /// Restores a guest.
 pub fn run(args: Restore) -> vmstate::Result<Outcome> {
+    if args.domain {
+        return by_libvirt(args);
+    }
     let target = match (args.qmp, args.qemu.is_empty()) {
         (Some(address), true) => Target::Waiting(address),
         (None, false) => {

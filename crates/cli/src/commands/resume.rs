@@ -10,7 +10,7 @@ use crate::signals::cancel_on_signals;
 
 /// Brings back a guest that a killed save left paused.
 pub fn run(args: Resume) -> vmstate::Result<Outcome> {
-    let settings = ResumeSettings { qmp: args.qmp, force: args.force };
+    let settings = ResumeSettings { qmp: args.monitor.address()?, force: args.force };
     let cancel = cancel_on_signals()?;
     let report = vmstate::resume(&settings, &cancel, &Reporter { verbose: args.report.verbose })?;
     if args.report.json {

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use serde_json::{Map, json};
-use vmstate::{Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, Via};
+use vmstate::libvirt::PayloadFormat;
+use vmstate::net::QmpAddress;
+use vmstate::{Error, Kind, Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, Via};
 
 use super::Outcome;
 use crate::args::{FormatArg, Save, ThenArg, ViaArg};
@@ -16,6 +18,13 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
     if args.takes_stdout() {
         leave_stdout();
     }
+    let cancel = cancel_on_signals()?;
+    let monitor = args.monitor.address()?;
+    let image = match (args.image, &monitor) {
+        (Some(image), _) => image,
+        (None, QmpAddress::Domain { uri, name }) => vmstate::managed_image(uri, name, &cancel)?,
+        (None, _) => return Err(Error::new(Kind::Misuse, "no image is named")),
+    };
     let settings = SaveSettings {
         via: match args.via {
             ViaArg::Auto => Via::Auto,
@@ -25,15 +34,20 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
         format: args.format.map(|format| match format {
             FormatArg::MappedRam => SaveFormat::MappedRam,
             FormatArg::Stream => SaveFormat::Stream,
+            FormatArg::LibvirtRaw => SaveFormat::Libvirt(PayloadFormat::Raw),
+            FormatArg::LibvirtSparse => SaveFormat::Libvirt(PayloadFormat::Sparse),
         }),
         offset: args.offset,
         channels: args.channels,
         direct_io: args.direct_io.choice(),
         rate_max: args.max_bandwidth,
         then: match args.then {
-            ThenArg::Pause => Then::Pause,
-            ThenArg::Resume => Then::Resume,
-            ThenArg::Quit => Then::Quit,
+            Some(ThenArg::Pause) => Then::Pause,
+            Some(ThenArg::Resume) => Then::Resume,
+            Some(ThenArg::Quit) => Then::Quit,
+            // As virsh does.
+            None if args.monitor.domain.is_some() => Then::Quit,
+            None => Then::Pause,
         },
         record: args.record.choice(),
         overwrite: args.overwrite,
@@ -42,9 +56,8 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
         owner: args.owner.unwrap_or_default(),
         timeout: args.timeout.map(Duration::from_secs),
         pid: args.pid,
-        ..SaveSettings::new(args.qmp, args.image)
+        ..SaveSettings::new(monitor, image)
     };
-    let cancel = cancel_on_signals()?;
     let reporter = Reporter { verbose: args.report.verbose };
     let told = Told::start(reporter, args.progress.progress)?;
     if args.dry_run {

@@ -21,8 +21,9 @@ pub use inspect::{
 };
 pub use progress::{Estimate, Pace, Progress, ProgressReading};
 pub use restore::{FaultReport, Mode, Record, RestoreReport, RestoreSettings, Target, restore};
+pub use restore::{DomainRestoreReport, DomainRestoreSettings, restore_domain};
 pub use resume::{ResumeReport, ResumeSettings, resume};
-pub use save::{Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, rehearse, save};
+pub use save::{Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, managed_image, rehearse, save};
 
 /// Who carries the RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

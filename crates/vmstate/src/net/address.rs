@@ -4,9 +4,10 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::libvirt::{DomainName, LibvirtUri};
 use crate::{Error, Kind};
 
-/// The address of a QMP monitor: a unix socket's path, or `tcp:HOST:PORT`.
+/// The address of a QMP monitor: a unix socket's path, `tcp:HOST:PORT`, or a domain of libvirt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum QmpAddress {
     /// A unix socket.
@@ -17,6 +18,13 @@ pub enum QmpAddress {
         host: String,
         /// The port.
         port: u16,
+    },
+    /// The monitor that belongs to libvirt. It has no spelling of its own: a domain is named by an option.
+    Domain {
+        /// Whose domain it is.
+        uri: LibvirtUri,
+        /// The domain.
+        name: DomainName,
     },
 }
 
@@ -51,6 +59,7 @@ impl fmt::Display for QmpAddress {
             QmpAddress::Unix(path) => write!(f, "{}", path.display()),
             QmpAddress::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             QmpAddress::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            QmpAddress::Domain { uri, name } => write!(f, "domain {name} of {uri}"),
         }
     }
 }

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Map, Value, json};
 
+use crate::libvirt;
 use crate::net::QmpAddress;
 use crate::{Error, Kind, Result};
 
@@ -26,7 +27,8 @@ const EVENTS_MAX: usize = 1 << 10;
 /// The longest name of an event that is kept whole; QEMU's own have half of that at the most.
 const EVENT_NAME_LEN_MAX: usize = 64;
 /// The events after which a guest is not what it was when it was stopped.
-const MOVES: [&str; 6] = ["RESUME", "RESET", "SHUTDOWN", "POWERDOWN", "WAKEUP", "GUEST_PANICKED"];
+const MOVES: [&str; 7] =
+    ["RESUME", "RESET", "SHUTDOWN", "POWERDOWN", "WAKEUP", "GUEST_PANICKED", libvirt::LOST];
 /// The most descriptors one command carries; ours carry one.
 const FDS_MAX: usize = 2;
 
@@ -125,6 +127,7 @@ impl Client {
                 stream.set_nodelay(true).map_err(refused)?;
                 Stream::Tcp(stream)
             }
+            QmpAddress::Domain { uri, name } => Stream::Unix(libvirt::open_monitor(uri, name, cancel)?),
         };
         Client::greet(stream, address.to_string(), cancel)
     }

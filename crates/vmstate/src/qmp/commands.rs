@@ -21,6 +21,27 @@ pub struct Version {
     pub package: String,
 }
 
+impl Version {
+    /// Reads the answer of `query-version`.
+    ///
+    /// # Errors
+    /// [`Kind::Peer`] where it is none.
+    pub(crate) fn from_answer(answer: &Value) -> Result<Version> {
+        let number = |key: &str| {
+            answer["qemu"][key]
+                .as_u64()
+                .and_then(|n| u32::try_from(n).ok())
+                .ok_or_else(|| unexpected("query-version"))
+        };
+        Ok(Version {
+            major: number("major")?,
+            minor: number("minor")?,
+            micro: number("micro")?,
+            package: answer["package"].as_str().unwrap_or_default().trim().to_owned(),
+        })
+    }
+}
+
 impl std::fmt::Display for Version {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
@@ -94,19 +115,7 @@ impl Client {
     /// # Errors
     /// As every command here: [`Kind::Peer`], [`Kind::Io`] or [`Kind::Interrupted`].
     pub fn version(&mut self) -> Result<Version> {
-        let answer = self.execute("query-version", json!({}))?;
-        let number = |key: &str| {
-            answer["qemu"][key]
-                .as_u64()
-                .and_then(|n| u32::try_from(n).ok())
-                .ok_or_else(|| unexpected("query-version"))
-        };
-        Ok(Version {
-            major: number("major")?,
-            minor: number("minor")?,
-            micro: number("micro")?,
-            package: answer["package"].as_str().unwrap_or_default().trim().to_owned(),
-        })
+        Version::from_answer(&self.execute("query-version", json!({}))?)
     }
 
     /// `query-status`.

@@ -1,5 +1,6 @@
 //! Restore: an image becomes a guest again, in a QEMU that is started for it or one that waits.
 
+mod domain;
 mod feed;
 mod fill;
 mod fit;
@@ -18,6 +19,7 @@ use io::{Cancel, LaneOptions, ReadPair};
 use serde_json::json;
 use wire::qemu::format::MAPPED_RAM;
 
+pub use self::domain::{DomainRestoreReport, DomainRestoreSettings, restore_domain};
 use self::fill::Filling;
 pub use self::lazy::FaultReport;
 use self::map::Share;

@@ -155,7 +155,7 @@ pub(super) fn carry(
     writing.complete(&ram)?;
     Ok(Carried {
         run_state,
-        direct_io: target.direct().is_some() && format == SaveFormat::MappedRam,
+        direct_io: target.direct().is_some() && format.has_places(),
         data_bytes: moved.data_bytes,
         zero_bytes: moved.zero_bytes,
         hole_bytes: moved.ram_bytes.saturating_sub(moved.data_bytes + moved.zero_bytes),

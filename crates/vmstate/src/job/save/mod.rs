@@ -1,6 +1,7 @@
 //! Save: a running guest becomes one image, complete and durable, or nothing at all.
 
 mod direct;
+mod envelope;
 mod rehearsal;
 mod room;
 pub(super) use self::room::why_not_direct as why_not_direct_at;
@@ -12,6 +13,10 @@ use std::time::{Duration, Instant};
 
 use io::{Cancel, DraftOptions, Owner, Target, TargetKind};
 
+use wire::libvirt::PayloadFormat;
+
+use self::envelope::Envelope;
+pub use self::envelope::managed_image;
 pub use self::rehearsal::{Rehearsal, rehearse};
 
 use super::{DirectIo, Observer, Phases, Stopwatch, Via, anonymous_memory_bytes};
@@ -42,6 +47,9 @@ pub enum SaveFormat {
     MappedRam,
     /// One record after the other, as QEMU writes it into a pipe: every QEMU reads it.
     Stream,
+    /// Either of them behind what libvirt needs to restore the domain: mapped-ram for [`PayloadFormat::Sparse`], a
+    /// stream for [`PayloadFormat::Raw`]; the others are for conversions.
+    Libvirt(PayloadFormat),
 }
 
 impl SaveFormat {
@@ -50,7 +58,19 @@ impl SaveFormat {
         match self {
             SaveFormat::MappedRam => "mapped-ram",
             SaveFormat::Stream => "stream",
+            SaveFormat::Libvirt(PayloadFormat::Raw) => "libvirt-raw",
+            SaveFormat::Libvirt(PayloadFormat::Gzip) => "libvirt-gzip",
+            SaveFormat::Libvirt(PayloadFormat::Bzip2) => "libvirt-bzip2",
+            SaveFormat::Libvirt(PayloadFormat::Xz) => "libvirt-xz",
+            SaveFormat::Libvirt(PayloadFormat::Lzop) => "libvirt-lzop",
+            SaveFormat::Libvirt(PayloadFormat::Zstd) => "libvirt-zstd",
+            SaveFormat::Libvirt(PayloadFormat::Sparse) => "libvirt-sparse",
         }
+    }
+
+    /// Whether its pages have places of their own, so that they are written in parallel and past the page cache.
+    pub fn has_places(self) -> bool {
+        matches!(self, SaveFormat::MappedRam | SaveFormat::Libvirt(PayloadFormat::Sparse))
     }
 }
 
@@ -205,17 +225,21 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
             .hint("leave --via at auto"));
     }
     let kind = TargetKind::of(&settings.image, settings.offset)?;
-    let format = writing::format_for(settings.format, kind)?;
-    refuse_impossible(settings, kind, format)?;
     let mut watch = Stopwatch::start(observer);
     watch.phase("connect");
+    let (format, envelope) = envelope::choose(settings, kind, cancel, observer)?;
+    refuse_impossible(settings, kind, format)?;
     // The target first: whoever mistyped its name should not have the guest touched.
     let mut target = Target::open(&settings.image, settings.offset, draft_options(settings), cancel)?;
+    if let Some(envelope) = &envelope {
+        target.reserve(envelope.len());
+    }
     let mut session = super::resume::open_for_save(&settings.qmp, &settings.image, cancel, observer)?;
     session.client.timeout = settings.timeout;
     // What a failed save has written is removed on the way out, when the guest has long been resumed: on a slow
     // disk that takes its time.
-    let outcome = match carry(settings, &mut session, (&mut target, kind, format), cancel, &mut watch) {
+    let carried = carry(settings, &mut session, (&mut target, kind, format), cancel, &mut watch);
+    let outcome = match carried.and_then(|done| envelop(&target, envelope.as_ref(), &done.0).map(|()| done)) {
         Ok(done) => publish(settings, &mut session, &mut target, cancel, &mut watch).map(|()| done),
         Err(error) => Err(error),
     };
@@ -266,6 +290,13 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
         peak_memory_bytes: carried.memory_bytes.max(anonymous_memory_bytes()),
         phases,
     })
+}
+
+/// Writes what stands in front of the guest, now that its state is known. Until then it is no image.
+fn envelop(target: &Target, envelope: Option<&Envelope>, carried: &Carried) -> Result<()> {
+    let Some(envelope) = envelope else { return Ok(()) };
+    let failed = |error| Error::io(format!("cannot write {}", target.path().display()), error);
+    target.write_all_at(&envelope.bytes(&carried.run_state), 0).map_err(failed)
 }
 
 /// What was decided on the way.
@@ -381,7 +412,7 @@ fn why_not_qemu(kind: TargetKind, format: SaveFormat) -> Option<&'static str> {
         (TargetKind::Device, _) => {
             Some("QEMU cannot write to a block device: it cuts its target to length first")
         }
-        (_, SaveFormat::Stream) => Some("a stream is written by the direct way only"),
+        (_, format) if !format.has_places() => Some("a stream is written by the direct way only"),
         _ => None,
     }
 }
@@ -412,12 +443,10 @@ fn draft_options(settings: &SaveSettings) -> DraftOptions {
 
 /// Why pages do not bypass the page cache, if they do not.
 fn why_not_direct(target: &Target, format: SaveFormat) -> Option<String> {
-    match (target.direct_io(), format) {
+    match (target.direct_io(), format.has_places()) {
         (io::DirectIo::Unsupported { reason }, _) => Some(reason),
-        (io::DirectIo::Supported { .. }, SaveFormat::Stream) => {
-            Some("the records of a stream are not aligned".to_owned())
-        }
-        (io::DirectIo::Supported { .. }, SaveFormat::MappedRam) => None,
+        (io::DirectIo::Supported { .. }, false) => Some("the records of a stream are not aligned".to_owned()),
+        (io::DirectIo::Supported { .. }, true) => None,
     }
 }
 

@@ -4,9 +4,7 @@ use std::time::Duration;
 
 use io::{Cancel, Target, TargetKind};
 
-use super::{
-    SaveFormat, SaveSettings, direct, draft_options, refuse_impossible, refuse_states, room, writing,
-};
+use super::{SaveFormat, SaveSettings, direct, draft_options, refuse_impossible, refuse_states, room};
 use crate::job::{Observer, Stopwatch, Via};
 use crate::qemu::{self, Session};
 use crate::{Error, Kind, Result};
@@ -47,14 +45,17 @@ pub struct Rehearsal {
 /// Those of a save that would fail before it stops the guest, but for a lack of room, which is in the answer.
 pub fn rehearse(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -> Result<Rehearsal> {
     let kind = TargetKind::of(&settings.image, settings.offset)?;
-    let format = writing::format_for(settings.format, kind)?;
-    refuse_impossible(settings, kind, format)?;
     let mut watch = Stopwatch::start(observer);
     watch.phase("connect");
+    let (format, envelope) = super::envelope::choose(settings, kind, cancel, observer)?;
+    refuse_impossible(settings, kind, format)?;
     let mut target = match kind {
         TargetKind::Pipe => None,
         _ => Some(Target::open(&settings.image, settings.offset, draft_options(settings), cancel)?),
     };
+    if let (Some(target), Some(envelope)) = (&mut target, &envelope) {
+        target.reserve(envelope.len());
+    }
     let mut session = crate::job::resume::open_for_rehearsal(&settings.qmp, cancel, observer)?;
     session.client.timeout = settings.timeout;
     let outcome = look(settings, &mut session, kind, format, target.as_mut(), &mut watch);
@@ -103,7 +104,7 @@ fn look(
         rates = room::settle_direct_io(settings, target, format, pages, watch.observer)?;
     }
     let direct_io = target.as_deref().is_some_and(|target| target.direct().is_some());
-    let direct_io = direct_io && format == SaveFormat::MappedRam;
+    let direct_io = direct_io && format.has_places();
     Ok(Rehearsal {
         via,
         reason,

@@ -62,11 +62,11 @@ fn data_bytes(ram: &GuestRam) -> Result<u64> {
 pub(super) fn metadata_bytes(ram: &GuestRam, format: SaveFormat) -> u64 {
     let of_block = |region| {
         let pages = ram.block(region).length / ram.block(region).page_size;
-        match format {
+        match format.has_places() {
             // A bit in the bitmap, and the ends of it and of the block's header.
-            SaveFormat::MappedRam => pages / 8 + HEAD_LEN,
+            true => pages / 8 + HEAD_LEN,
             // A word and perhaps a byte.
-            SaveFormat::Stream => pages * 9 + HEAD_LEN,
+            false => pages * 9 + HEAD_LEN,
         }
     };
     (0..ram.regions()).map(of_block).sum::<u64>() + TAIL_LEN
@@ -137,7 +137,7 @@ pub(super) fn settle_direct_io(
 }
 
 fn is_worth_measuring(choice: DirectIo, format: SaveFormat, bytes: u64) -> bool {
-    choice == DirectIo::Auto && format == SaveFormat::MappedRam && bytes >= MEASURED_LEN_MIN
+    choice == DirectIo::Auto && format.has_places() && bytes >= MEASURED_LEN_MIN
 }
 
 /// Why direct I/O is left at these rates, if it is.

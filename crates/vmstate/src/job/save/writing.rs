@@ -38,13 +38,13 @@ impl<'a> Writing<'a> {
         probe: &Probe,
         (devices, run_state, manifest): (Vec<u8>, &str, &Manifest),
     ) -> Result<Writing<'a>> {
-        match format {
-            SaveFormat::MappedRam => {
+        match format.has_places() {
+            true => {
                 let start = target.start();
                 let composition = MappedRamComposition::new(probe, devices, run_state, manifest, start)?;
                 Ok(Writing::Fixed { composition, target })
             }
-            SaveFormat::Stream => {
+            false => {
                 let composition = StreamComposition::new(probe, devices, run_state, manifest)?;
                 let mut out = Box::new(target.outflow(cancel)?);
                 if let Some(rate) = settings.rate_max {
@@ -152,6 +152,13 @@ pub(super) fn format_for(wanted: Option<SaveFormat>, target: io::TargetKind) -> 
     match (wanted, target) {
         (None, Pipe) => Ok(SaveFormat::Stream),
         (None, _) => Ok(SaveFormat::MappedRam),
+        (Some(SaveFormat::Libvirt(payload)), File) if payload.is_compressed() => refuse(
+            "a guest is not saved compressed",
+            "save it as libvirt-raw or libvirt-sparse, then convert",
+        ),
+        (Some(SaveFormat::Libvirt(_)), Pipe | Place | Device) => {
+            refuse("an image of libvirt is a file of its own", "give another place, or another --format")
+        }
         (Some(SaveFormat::MappedRam), Pipe) => {
             refuse("a mapped-ram image cannot go into a pipe, which has no offsets", "leave --format out")
         }

@@ -1,0 +1,128 @@
+//! A restore that libvirt does: it makes the domain that an image of its own begins with.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use io::Cancel;
+use wire::libvirt::Head;
+use wire::libvirt_rpc::format::{
+    VIR_DOMAIN_SAVE_BYPASS_CACHE, VIR_DOMAIN_SAVE_PARAM_DXML, VIR_DOMAIN_SAVE_PARAM_FILE,
+    VIR_DOMAIN_SAVE_PARAM_PARALLEL_CHANNELS, VIR_DOMAIN_SAVE_PAUSED, VIR_DOMAIN_SAVE_RESET_NVRAM,
+    VIR_DOMAIN_SAVE_RUNNING,
+};
+use wire::libvirt_rpc::{Arguments, Procedure};
+
+use super::Record;
+use crate::job::Observer;
+use crate::libvirt::{Connection, GivingUp, LibvirtUri};
+use crate::{Error, Kind, Result};
+
+/// How much of an image is read for its head, in bytes.
+const HEAD_LEN_MAX: u64 = 40 << 20;
+
+/// What to restore and by which libvirt.
+#[derive(Clone, Debug)]
+pub struct DomainRestoreSettings {
+    /// The daemon.
+    pub uri: LibvirtUri,
+    /// An image that begins with a domain's XML.
+    pub image: PathBuf,
+    /// XML to use instead of the image's.
+    pub xml: Option<String>,
+    /// The state that the domain is to come to.
+    pub record: Record,
+    /// Whether libvirt reads past the page cache.
+    pub bypass_cache: bool,
+    /// How many channels read, where the image has places for pages; `None` leaves it to libvirt, which takes one.
+    pub channels: Option<u16>,
+    /// Whether the domain begins with a fresh NVRAM.
+    pub reset_nvram: bool,
+}
+
+/// What libvirt did.
+#[derive(Clone, Debug)]
+pub struct DomainRestoreReport {
+    /// The domain's name.
+    pub domain: String,
+    /// The whole restore.
+    pub duration: Duration,
+}
+
+/// Lets libvirt restore a domain from an image, after a look at it.
+///
+/// # Errors
+/// [`Kind::Damaged`] and [`Kind::Unsupported`] of an image that is none of libvirt's, or not whole: libvirt's own
+/// reader looks at the header only, and a truncated image crashes QEMU. [`Kind::Peer`] with libvirt's words.
+pub fn restore_domain(
+    settings: &DomainRestoreSettings,
+    cancel: &Cancel,
+    observer: &dyn Observer,
+) -> Result<DomainRestoreReport> {
+    let start = Instant::now();
+    observer.phase("check");
+    let head = read_head(&settings.image)?;
+    let path = std::fs::canonicalize(&settings.image)
+        .map_err(|error| Error::io(format!("cannot find {}", settings.image.display()), error))?;
+    let path = path.to_str().ok_or_else(|| {
+        Error::new(Kind::Misuse, format!("{} is a name that libvirt does not take", path.display()))
+            .hint("give the image a name in UTF-8")
+    })?;
+    observer.phase("connect");
+    let mut libvirt = Connection::open(&settings.uri, GivingUp::Cancelled(cancel.clone()))?;
+    observer.phase("restore");
+    let xml = settings.xml.as_deref();
+    let flags = flags(settings);
+    let restored = match settings.channels {
+        None => {
+            let arguments = Arguments::new().string(path).optional_string(xml).word(flags);
+            libvirt.call(Procedure::DomainRestoreFlags, &arguments)
+        }
+        Some(channels) => {
+            let count = if xml.is_some() { 3 } else { 2 };
+            let mut arguments = Arguments::new()
+                .word(count)
+                .text_parameter(VIR_DOMAIN_SAVE_PARAM_FILE, path)
+                .number_parameter(VIR_DOMAIN_SAVE_PARAM_PARALLEL_CHANNELS, u32::from(channels));
+            if let Some(xml) = xml {
+                arguments = arguments.text_parameter(VIR_DOMAIN_SAVE_PARAM_DXML, xml);
+            }
+            libvirt.call(Procedure::DomainRestoreParams, &arguments.word(flags))
+        }
+    };
+    restored.map_err(|error| match error.kind() {
+        // There is no call that takes a restore back.
+        Kind::Interrupted => error.hint("libvirt goes on with the restore; virsh destroy ends the domain"),
+        _ => error,
+    })?;
+    let domain = crate::libvirt::name_of(settings.xml.as_deref().unwrap_or(&head.xml))?;
+    Ok(DomainRestoreReport { domain, duration: start.elapsed() })
+}
+
+/// Reads what stands before the guest.
+fn read_head(path: &Path) -> Result<Head> {
+    let failed = |error| Error::io(format!("cannot read {}", path.display()), error);
+    let file = File::open(path).map_err(failed)?;
+    let len = file.metadata().map_err(failed)?.len();
+    let mut bytes = Vec::new();
+    // Two texts of the greatest length, and padding.
+    file.take(HEAD_LEN_MAX).read_to_end(&mut bytes).map_err(failed)?;
+    Head::decode(&bytes, 0, len).map_err(|fault| {
+        Error::new(Kind::Damaged, format!("{} is no image that libvirt restores", path.display()))
+            .because(fault.at_end())
+            .hint("vmstate info shows what it is; vmstate convert makes one of libvirt's of it")
+    })
+}
+
+fn flags(settings: &DomainRestoreSettings) -> u32 {
+    let state = match settings.record {
+        Record::AsItWas => 0,
+        Record::Running => VIR_DOMAIN_SAVE_RUNNING,
+        Record::Paused => VIR_DOMAIN_SAVE_PAUSED,
+    };
+    let when = |wanted: bool, flag: u32| if wanted { flag } else { 0 };
+    state
+        | when(settings.bypass_cache, VIR_DOMAIN_SAVE_BYPASS_CACHE)
+        | when(settings.reset_nvram, VIR_DOMAIN_SAVE_RESET_NVRAM)
+}
