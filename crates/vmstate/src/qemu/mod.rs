@@ -11,6 +11,7 @@ mod note;
 mod probe;
 mod process;
 mod session;
+mod standstill;
 
 pub use addresses::with_addresses;
 pub use blocks::{HostBlock, host_blocks};
@@ -24,3 +25,4 @@ pub use probe::{EarlySection, Probe, Probed, probe};
 pub use process::find_process;
 pub use session::Session;
 pub(crate) use session::refuse_migration;
+pub use standstill::Standstill;

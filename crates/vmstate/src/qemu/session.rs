@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use super::leftovers::Leftovers;
 use super::note::{Note, Saver, remove_note};
+use super::standstill::Standstill;
 use crate::net::QmpAddress;
 use crate::qmp::{Capability, Client, MigratedRam, MigrationInfo, RunStatus, Version};
 use crate::{Error, Kind, Result};
@@ -62,6 +63,8 @@ pub struct Session {
     watching: bool,
     /// The state in which it then stood.
     state_stopped: Option<String>,
+    /// What tells of itself that it did, where events may be late.
+    standstill: Option<Standstill>,
     /// The guest's state before it was stopped, by us or by a save whose debts are ours now.
     state_before: Option<String>,
     /// Whether a note of what is owed is kept in QEMU, and the id of the one that is there.
@@ -110,6 +113,7 @@ impl Session {
             stopped: false,
             watching: false,
             state_stopped: None,
+            standstill: None,
             state_before: None,
             keeps_note: false,
             note: None,
@@ -543,8 +547,27 @@ impl Session {
             None if status.is_live() && self.state_stopped.as_ref() != Some(&status.status) => {
                 Err(did_not_stand_still(&format!("it is {} now", status.status)))
             }
-            None => Ok(()),
+            None => match self.standstill.take() {
+                Some(standstill) => {
+                    let verified = standstill.verify(self);
+                    self.standstill = Some(standstill);
+                    verified
+                }
+                None => Ok(()),
+            },
         }
+    }
+
+    /// From now on the guest's own state is compared with what it was, `devices`, where the monitor's events may come
+    /// later than its answers.
+    ///
+    /// # Errors
+    /// As [`Standstill::of`].
+    pub fn remember_standstill(&mut self, devices: &[u8]) -> Result<()> {
+        if self.client.has_late_events() {
+            self.standstill = Some(Standstill::of(devices)?);
+        }
+        Ok(())
     }
 
     /// The guest's new state is the one wanted: it is no longer owed its old one.
@@ -665,7 +688,7 @@ pub(crate) fn refuse_migration(client: &mut Client) -> Result<()> {
 }
 
 /// The error for a guest that another client has moved.
-fn did_not_stand_still(what: &str) -> Error {
+pub(super) fn did_not_stand_still(what: &str) -> Error {
     Error::new(Kind::Peer, format!("the guest did not stand still during the save ({what})"))
         .hint("another client resumed or reset it; the image was given up, save again")
 }

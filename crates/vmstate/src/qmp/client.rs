@@ -98,6 +98,7 @@ pub struct Client {
     moves: Moves,
     next_id: u64,
     cancel: Option<Cancel>,
+    has_late_events: bool,
     /// The longest that an answer may take; `None` waits for ever.
     pub timeout: Option<Duration>,
     greeting: Value,
@@ -129,7 +130,14 @@ impl Client {
             }
             QmpAddress::Domain { uri, name } => Stream::Unix(libvirt::open_monitor(uri, name, cancel)?),
         };
-        Client::greet(stream, address.to_string(), cancel)
+        let mut client = Client::greet(stream, address.to_string(), cancel)?;
+        client.has_late_events = matches!(address, QmpAddress::Domain { .. });
+        Ok(client)
+    }
+
+    /// Whether events may come later than answers that were given after them: they do through libvirt.
+    pub fn has_late_events(&self) -> bool {
+        self.has_late_events
     }
 
     /// Takes a connected socket whose other end is a monitor.
@@ -151,6 +159,7 @@ impl Client {
             moves: Moves::default(),
             next_id: 0,
             cancel: Some(cancel.clone()),
+            has_late_events: false,
             timeout: None,
             greeting: Value::Null,
         };

@@ -136,6 +136,7 @@ pub(super) fn carry(
     watch.phase("device state");
     let run_state = super::recorded_state(settings.record, &before);
     let devices = qemu::device_state(session)?;
+    session.remember_standstill(&devices)?;
     qemu::stat_disks(&mut facts, Some(ram.peer().pid()));
     let manifest = Manifest::now(&session.version, "direct", &run_state, facts);
     let composed = (devices, run_state.as_str(), &manifest);
