@@ -15,7 +15,7 @@ pub struct MonitorArgs {
     pub qmp: Option<QmpAddress>,
 
     /// A domain of libvirt instead: its name, UUID or number
-    #[arg(long, value_name = "NAME", conflicts_with = "qmp")]
+    #[arg(long, value_name = "NAME")]
     pub domain: Option<String>,
 
     #[command(flatten)]
@@ -41,6 +41,10 @@ impl MonitorArgs {
     /// The guest that is named.
     pub fn address(&self) -> vmstate::Result<QmpAddress> {
         match (&self.qmp, &self.domain) {
+            // With VMSTATE_QMP in the environment both may be there; the command line is the plainer wish.
+            (Some(_), Some(_)) if std::env::var_os("VMSTATE_QMP").is_none() => {
+                Err(Error::new(Kind::Misuse, "both --qmp and --domain").hint("name the guest by one of them"))
+            }
             (None, None) => Err(Error::new(Kind::Misuse, "which guest is not said")
                 .hint("give --qmp with the address of its monitor, or --domain with its name in libvirt")),
             (_, Some(name)) => {

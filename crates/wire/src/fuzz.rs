@@ -400,12 +400,12 @@ pub fn libvirt_rpc(data: &[u8]) {
     let Some((choice, data)) = data.split_first() else { return };
     match choice % 7 {
         0 => {
-            if let Some((header, _)) = data.split_first_chunk() {
-                if let Ok(read) = libvirt_rpc::Header::decode(header, 0) {
-                    let mut again = Vec::new();
-                    read.encode(&mut again);
-                    assert_eq!(again, header);
-                }
+            if let Some((header, _)) = data.split_first_chunk()
+                && let Ok(read) = libvirt_rpc::Header::decode(header, 0)
+            {
+                let mut again = Vec::new();
+                read.encode(&mut again);
+                assert_eq!(again, header);
             }
         }
         1 => drop(libvirt_rpc::decode_error(data, 0)),

@@ -157,7 +157,7 @@ proptest! {
     fn arbitrary_bytes_panic_nowhere(data in vec(any::<u8>(), 0..600)) {
         for target in [
             fuzz::preamble, fuzz::item, fuzz::block_list, fuzz::stream, fuzz::device_split,
-            fuzz::description, fuzz::fields, fuzz::layout, fuzz::bitmap, fuzz::return_path,
+            fuzz::description, fuzz::fields, fuzz::layout, fuzz::bitmap, fuzz::return_path, fuzz::libvirt_rpc,
         ] {
             target(&data);
         }

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use page::{PageCount, PageSet};
 use wire::IdStr;
+use wire::libvirt_rpc::{Arguments, Domain};
 use wire::postcopy::{Message, PageRequest, encode_received};
 
 /// The seeds: target, name, bytes.
@@ -34,6 +35,8 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("layout", "q35-10.0-mapped-ram-virtio-mem", golden::sparse("q35-10.0-mapped-ram-virtio-mem")),
         ("libvirt_head", "libvirt-11.3-raw", libvirt_head()),
         ("return_path", "conversation", conversation()),
+        ("libvirt_rpc", "event", with(&[5], &event())),
+        ("libvirt_rpc", "domain", with(&[2], Arguments::new().domain(&domain()).bytes())),
         ("bitmap", "pc.bios", vec![0, 3, 0, 0, 0xfe, 0xff, 0xff, 0xff, 0xff, 0xff]),
     ]
 }
@@ -46,6 +49,16 @@ fn libvirt_head() -> Vec<u8> {
     wire::libvirt::Head { padding_len: 8, ..head.clone() }.encode(&mut seed);
     seed.extend_from_slice(&file[head.len() as usize..]);
     seed
+}
+
+fn domain() -> Domain {
+    Domain { name: "fxa".into(), uuid: *b"0123456789abcdef", id: 3 }
+}
+
+/// What libvirt's daemon sends when a guest goes on.
+fn event() -> Vec<u8> {
+    let event = Arguments::new().word(1).domain(&domain()).string("RESUME").word(0).word(1).word(2);
+    event.optional_string(None).bytes().to_vec()
 }
 
 /// A message of each type, and a bitmap.
@@ -135,6 +148,7 @@ fn every_seed_passes_its_target() {
             "bitmap" => wire::fuzz::bitmap,
             "libvirt_head" => wire::fuzz::libvirt_head,
             "return_path" => wire::fuzz::return_path,
+            "libvirt_rpc" => wire::fuzz::libvirt_rpc,
             other => panic!("there is no target {other}"),
         };
         run(&bytes);
