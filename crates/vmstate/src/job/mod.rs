@@ -20,8 +20,8 @@ pub use inspect::{
     FilePlace, Joiner, MapKind, MapRange, MapRun, MapSettings, MapVisitor, MappedImage, map, map_changes,
 };
 pub use progress::{Estimate, Pace, Progress, ProgressReading};
-pub use restore::{FaultReport, Mode, Record, RestoreReport, RestoreSettings, Target, restore};
 pub use restore::{DomainRestoreReport, DomainRestoreSettings, restore_domain};
+pub use restore::{FaultReport, Mode, Record, RestoreReport, RestoreSettings, Target, restore};
 pub use resume::{ResumeReport, ResumeSettings, resume};
 pub use save::{Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, managed_image, rehearse, save};
 
