@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes a fresh Debian 12 or 13 with Rust fit to build, test and demonstrate vmstate: a C toolchain, QEMU 10, and
+# Makes a fresh Debian 12 or 13 with Rust fit to build, test and demonstrate vmstate: a C toolchain, QEMU 10, libvirt, and
 # the kernel and busybox of the Linux guest, which are unpacked and never installed. Does nothing, and asks the
 # network nothing, when all is there. Needs root, or sudo, only when something has to be installed.
 set -eu
@@ -22,19 +22,23 @@ install() {
 qemu_major() { qemu-system-x86_64 --version 2> /dev/null | sed -n '1s/.*version \([0-9]*\).*/\1/p'; }
 qemu_is_new() { has qemu-system-x86_64 && has qemu-img && [ "$(qemu_major)" -ge 10 ]; }
 
-install_qemu() {
+# Debian 12 has what is new enough in its backports, which come from where the machine gets its Debian.
+install_new() {
     # shellcheck disable=SC1091
     case $(. /etc/os-release && echo "$VERSION_CODENAME") in
         bookworm)
-            # It is in the backports, which come from where the machine gets its Debian.
             update
             if ! apt-cache policy | grep -q n=bookworm-backports; then
                 as_root scripts/copy-source.sh bookworm bookworm-backports /etc/apt/sources.list.d/vmstate-backports
                 updated=
             fi
-            install -t bookworm-backports qemu-system-x86 qemu-utils ;;
-        *) install qemu-system-x86 qemu-utils ;;
+            install -t bookworm-backports "$@" ;;
+        *) install "$@" ;;
     esac
+}
+
+install_qemu() {
+    install_new qemu-system-x86 qemu-utils
     qemu_is_new || die "qemu-system-x86_64 is $(qemu_major), and 10 is needed; Debian 12 and 13 have it"
 }
 
@@ -62,4 +66,8 @@ for tool in bzip2 xz lzop zstd; do has "$tool" || missing="${missing:-} $tool"; 
 [ -z "${missing:-}" ] || install $(echo $missing | sed 's/\bxz\b/xz-utils/')
 if ! has gcc || ! has as || ! has ld; then install gcc binutils libc6-dev; fi
 qemu_is_new || install_qemu
+# Tests start a libvirtd of their own; the system's, if it has one, is left alone.
+if ! PATH=$PATH:/usr/sbin has libvirtd || ! has virsh; then
+    install_new libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
+fi
 [ -e "$assets/linux/vmlinuz" ] || unpack_guest

@@ -5,6 +5,7 @@ pub mod faulty;
 mod footprint;
 mod golden;
 mod hook;
+mod libvirtd;
 mod proxy;
 mod stock;
 
@@ -19,6 +20,7 @@ pub use compare::{Difference, compare_images};
 pub use footprint::Footprint;
 pub use golden::unpack_golden;
 pub use hook::Hook;
+pub use libvirtd::{Domain, DomainSpec, Libvirtd};
 pub use proxy::Proxy;
 pub use stock::{StockLoad, client, stock_load, stock_save};
 
