@@ -110,13 +110,18 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::sync::Arc;
 
-    use crate::{Cancel, Counters, DirectChoice, LaneSettings, LaneTarget, ReadPair, WriteLanes};
+    use crate::{
+        Cancel, Counters, DirectChoice, EngineChoice, LaneError, LaneOptions, LaneSettings, LaneTarget,
+        ReadPair, WriteLanes,
+    };
 
     const GRAIN: usize = 4096;
 
     #[test]
     fn marked_grains_arrive_and_others_stay_holes() {
-        for direct in [DirectChoice::Auto, DirectChoice::Off] {
+        let both = [EngineChoice::Auto, EngineChoice::Threads];
+        let directs = [DirectChoice::Auto, DirectChoice::Off];
+        for (direct, engine) in directs.into_iter().flat_map(|direct| both.map(|engine| (direct, engine))) {
             let source = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
             let bytes: Vec<u8> = (0..64 * GRAIN + 100).map(|i| (i / GRAIN + i) as u8).collect();
             // The region begins amid a unit of direct I/O, so that some reads cannot be direct.
@@ -127,10 +132,11 @@ mod tests {
                 let supply = FileSupply::new(pair.direct, pair.buffered, align, vec![start]);
                 let target = tempfile::tempfile().unwrap();
                 target.set_len(bytes.len() as u64).unwrap();
-                let lanes = WriteLanes::start(
+                let lanes = WriteLanes::start_with(
                     LaneTarget::files(None, target.try_clone().unwrap()),
                     Arc::new(supply),
                     LaneSettings { lanes: 2, align: 4096 },
+                    LaneOptions { engine, ..LaneOptions::default() },
                     Arc::new(Counters::default()),
                     Cancel::new().unwrap(),
                 )
@@ -151,7 +157,8 @@ mod tests {
                 target.read_exact_at(&mut arrived, 0).unwrap();
                 for (i, byte) in arrived.iter().enumerate() {
                     let wanted = mask[i / GRAIN / 64] >> (i / GRAIN % 64) & 1 == 1;
-                    assert_eq!(*byte, if wanted { bytes[i] } else { 0 }, "byte {i:#x}, start {start:#x}");
+                    let wanted = if wanted { bytes[i] } else { 0 };
+                    assert_eq!(*byte, wanted, "byte {i:#x}, start {start:#x}, {direct:?} {engine:?}");
                 }
             }
         }
@@ -168,5 +175,39 @@ mod tests {
         assert_eq!(supply.supply(&piece, &mut scratch).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         let beyond = Piece { region: 1, ..piece };
         assert_eq!(supply.supply(&beyond, &mut scratch).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn a_file_that_ends_amid_a_read_fails_the_lanes_with_the_place() {
+        for engine in [EngineChoice::Auto, EngineChoice::Threads] {
+            let source = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+            source.as_file().set_len((1 << 20) + (512 << 10)).unwrap();
+            let pair = ReadPair::open(source.path(), DirectChoice::Auto).unwrap();
+            let align = pair.direct_io.alignment();
+            let supply = FileSupply::new(pair.direct, pair.buffered, align, vec![0]);
+            let lanes = WriteLanes::start_with(
+                LaneTarget::files(None, tempfile::tempfile().unwrap()),
+                Arc::new(supply),
+                LaneSettings { lanes: 1, align: 4096 },
+                LaneOptions { engine, ..LaneOptions::default() },
+                Arc::new(Counters::default()),
+                Cancel::new().unwrap(),
+            )
+            .unwrap();
+            let piece = |offset| Piece {
+                region: 0,
+                offset,
+                target: offset,
+                grain: GRAIN as u32,
+                len: 1 << 20,
+                mask: [u64::MAX; 4],
+            };
+            lanes.deal(piece(0)).unwrap();
+            lanes.deal(piece(1 << 20)).unwrap();
+            let LaneError::Supply { region: 0, offset, source } = lanes.finish().unwrap_err() else {
+                panic!("{engine:?}")
+            };
+            assert_eq!((offset, source.kind()), (1 << 20, io::ErrorKind::UnexpectedEof), "{engine:?}");
+        }
     }
 }

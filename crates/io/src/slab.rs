@@ -24,6 +24,7 @@ pub struct Slab {
     mapped: usize,
     buffer_len: usize,
     buffers: usize,
+    is_plain: bool,
 }
 
 // SAFETY: the mapping belongs to the slab alone and is reached through raw pointers whose users answer for
@@ -40,6 +41,21 @@ impl Slab {
     /// # Errors
     /// `InvalidInput` when a size is zero or the whole exceeds 1 GiB; otherwise what `mmap` said.
     pub fn map(buffers: usize, buffer_len: usize) -> io::Result<Slab> {
+        let mut slab = Slab::map_plain(buffers, buffer_len)?;
+        slab.is_plain = false;
+        // SAFETY: the range is this slab's own mapping; the advice changes how it is backed and not what it holds.
+        let advised = unsafe { madvise(slab.base.as_ptr().cast(), slab.mapped, Advice::LinuxHugepage) };
+        // A kernel without transparent huge pages refuses the advice: the slab is slower and just as right.
+        let _ = advised;
+        Ok(slab)
+    }
+
+    /// The same without huge pages: for what is short-lived and hardly filled, of which each page is paid for when
+    /// it is touched, and not 512 at a time.
+    ///
+    /// # Errors
+    /// As [`Slab::map`].
+    pub fn map_plain(buffers: usize, buffer_len: usize) -> io::Result<Slab> {
         let mapped = buffers
             .checked_mul(buffer_len)
             .filter(|&bytes| bytes > 0 && bytes <= SLAB_MAX)
@@ -48,13 +64,7 @@ impl Slab {
                 let text = format!("a slab of {buffers} buffers of {buffer_len:#x} bytes");
                 io::Error::new(io::ErrorKind::InvalidInput, text)
             })?;
-        let base = map_aligned(mapped)?;
-        // SAFETY: `base` is the start of `mapped` bytes that were mapped above and belong to nobody else; the
-        // advice changes how they are backed and not what they hold.
-        let advised = unsafe { madvise(base.as_ptr().cast(), mapped, Advice::LinuxHugepage) };
-        // A kernel without transparent huge pages refuses the advice: the slab is slower and just as right.
-        let _ = advised;
-        Ok(Slab { base, mapped, buffer_len, buffers })
+        Ok(Slab { base: map_aligned(mapped)?, mapped, buffer_len, buffers, is_plain: true })
     }
 
     /// Brings in the memory of the whole slab, so that the first use does not pay for page faults.
@@ -66,6 +76,11 @@ impl Slab {
             unsafe { madvise(self.base.as_ptr().cast(), self.mapped, Advice::LinuxPopulateWrite) };
         // Kernels before 5.14 do not know the advice; there the first use faults the pages in.
         let _ = populated;
+    }
+
+    /// Whether it was mapped by [`Slab::map_plain`].
+    pub(crate) fn is_plain(&self) -> bool {
+        self.is_plain
     }
 
     /// How many buffers there are.

@@ -136,6 +136,19 @@ impl Scratch {
         Ok((0..buffers).map(|buffer| Scratch { slab: slab.clone(), buffer }).collect())
     }
 
+    /// A buffer of `len` bytes on pages of the usual size.
+    ///
+    /// # Errors
+    /// When the memory cannot be mapped.
+    pub(crate) fn plain(len: usize) -> io::Result<Scratch> {
+        Ok(Scratch { slab: Arc::new(Slab::map_plain(1, len.max(GRAIN_MIN as usize))?), buffer: 0 })
+    }
+
+    /// Whether it was made by [`Scratch::plain`].
+    pub(crate) fn is_plain(&self) -> bool {
+        self.slab.is_plain()
+    }
+
     /// Makes the buffer hold at least `len` bytes; what it held before is lost if it has to grow.
     ///
     /// # Errors

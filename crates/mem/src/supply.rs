@@ -9,9 +9,13 @@ use page::{Mask, WINDOW_PAGES};
 use crate::guest_ram::{GuestRam, Part, Region};
 use crate::zero::nonzero_mask;
 
-/// The I/O unit, in bytes. Zeros between data that are fewer are written along, which costs less than another
-/// write does; runs of at least as many are worth a write of their own.
-const UNIT: usize = 64 << 10;
+/// How many bytes a disk writes in the time that another request costs it. Zeros between data that are fewer are
+/// written along; as many or more stay a hole.
+///
+/// Measured into a new file on ext4, 512 MiB of which data and gaps took turns: apart took 2.3 times as long as
+/// written along with gaps of 64 KiB between data of 16 KiB, as long between data of 128 KiB, and half as long with
+/// gaps of 128 KiB.
+const UNIT: usize = 96 << 10;
 
 // SAFETY: the answer is the scratch, into which every grain named was copied or zeroed. It is left alone until
 // the lane asks again.
@@ -122,8 +126,8 @@ mod tests {
     fn gaps_shorter_than_a_unit_are_bridged() {
         for (data, expected) in [
             (mask(&[]), mask(&[])),
-            (mask(&[(0, 1), (16, 17)]), mask(&[(0, 17)])),
-            (mask(&[(0, 1), (17, 18)]), mask(&[(0, 1), (17, 18)])),
+            (mask(&[(0, 1), (24, 25)]), mask(&[(0, 25)])),
+            (mask(&[(0, 1), (25, 26)]), mask(&[(0, 1), (25, 26)])),
             (mask(&[(5, 6), (250, 251), (255, 256)]), mask(&[(5, 6), (250, 256)])),
         ] {
             assert_eq!(bridge(data, 4096), expected, "{:?}", data.runs().collect::<Vec<_>>());
@@ -131,8 +135,8 @@ mod tests {
     }
 
     #[test]
-    fn a_large_grain_is_never_bridged() {
-        let crumbs = mask(&[(0, 1), (2, 3)]);
-        assert_eq!(bridge(crumbs, 64 << 10), crumbs);
+    fn it_is_bytes_that_count_and_not_grains() {
+        let crumbs = mask(&[(0, 1), (2, 3), (5, 6)]);
+        assert_eq!(bridge(crumbs, 64 << 10), mask(&[(0, 3), (5, 6)]));
     }
 }

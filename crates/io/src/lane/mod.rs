@@ -11,6 +11,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use rustix::fs::fstatfs;
+
 use self::work::Lane;
 use crate::cancel::Cancel;
 use crate::counters::Counters;
@@ -24,6 +26,9 @@ const LANES_MAX: usize = 256;
 
 /// How many pieces wait for each lane: enough that none runs dry while the planner looks for the next.
 const QUEUED_PER_LANE: usize = 4;
+
+/// `TMPFS_MAGIC` of linux/magic.h: the type of tmpfs, as statfs has it.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// The page cache's unit, below which no alignment is accepted: a direct write must never share a cached
 /// page with a buffered one, or the write-back of the latter could bring stale bytes over the former.
@@ -93,10 +98,20 @@ pub struct LaneTarget {
 
 impl LaneTarget {
     /// The target made of real files.
+    ///
+    /// A file in memory is written without its direct opening: tmpfs takes O_DIRECT and copies all the same, and a
+    /// ring would have threads of the kernel make the copies (1 GiB on tmpfs: 443 ms so, 408 ms without).
     pub fn files(direct: Option<File>, buffered: File) -> LaneTarget {
-        let direct = direct.map(|file| -> Box<dyn PositionedWrite> { Box::new(file) });
+        let direct = direct
+            .filter(|file| !is_in_memory(file))
+            .map(|file| -> Box<dyn PositionedWrite> { Box::new(file) });
         LaneTarget { direct, buffered: Box::new(buffered) }
     }
+}
+
+/// Whether a file lies on tmpfs; one that cannot be asked does not.
+fn is_in_memory(file: &File) -> bool {
+    fstatfs(file).is_ok_and(|found| u64::try_from(found.f_type) == Ok(TMPFS_MAGIC))
 }
 
 /// How lanes work.
