@@ -355,6 +355,16 @@ pub struct Bench {
     #[arg(long, value_enum)]
     pub backend: Vec<BackendArg>,
 
+    /// Instead: eager and mapped restores beside each other, of guests of these sizes in MiB
+    #[arg(long, value_name = "MIB,...", value_delimiter = ',', num_args = 0..=1, default_missing_value = "256,1024,4096,8192",
+          value_parser = clap::value_parser!(u64).range(64..=1_048_576), conflicts_with_all = ["backend", "only", "repeat", "plot", "clones"])]
+    pub restore_modes: Option<Vec<u64>>,
+
+    /// Instead: so many clones of one guest of --memory, eager and mapped, and what they cost
+    #[arg(long, value_name = "N,...", value_delimiter = ',', num_args = 0..=1, default_missing_value = "1,5,20",
+          value_parser = clap::value_parser!(u16).range(1..=1000), conflicts_with_all = ["backend", "only", "rounds", "repeat", "quick", "plot"])]
+    pub clones: Option<Vec<u16>>,
+
     /// Only saves, or only restores
     #[arg(long, value_enum, value_name = "JOB")]
     pub only: Option<BenchJobArg>,

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use lab::{Count, Incoming, LinuxGuest, LinuxSettings, MachineKind, MemoryBackend, Qemu, QemuSpec};
 use vmstate::net::QmpAddress;
-use vmstate::{Cancel, Record, RestoreSettings, SaveSettings, Target, Then, Unobserved, Via};
+use vmstate::source::MappedRamFile;
+use vmstate::{Cancel, Mode, Record, RestoreSettings, SaveSettings, Target, Then, Unobserved, Via};
 use vmstate_rig::{DEADLINE, StockLoad, client, stock_load, stock_save};
 
 /// Every device that the issue of ordinary guests is about.
@@ -62,7 +63,7 @@ fn check(machine: MachineKind, backend: MemoryBackend) {
     stock_save(&second, &theirs, StockLoad::BEST);
     drop(second);
 
-    let mut third = QemuSpec { incoming: Incoming::Defer, ..spec }.start().unwrap();
+    let mut third = QemuSpec { incoming: Incoming::Defer, ..spec.clone() }.start().unwrap();
     let settings = RestoreSettings {
         channels: Some(3),
         record: Record::Running,
@@ -72,8 +73,38 @@ fn check(machine: MachineKind, backend: MemoryBackend) {
     let restored = restored.unwrap_or_else(|error| panic!("{}", error.chain()));
     assert_eq!(restored.run_state, "running");
     count = next(&mut third, Some(&count));
-    next(&mut third, Some(&count));
+    count = next(&mut third, Some(&count));
     assert!(client(&third).status().unwrap().running);
+
+    let settings = SaveSettings {
+        then: Then::Quit,
+        ..SaveSettings::new(QmpAddress::Unix(third.qmp_path()), dir.path().join("last.img"))
+    };
+    vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved)
+        .unwrap_or_else(|error| panic!("{}", error.chain()));
+    third.wait(DEADLINE).unwrap();
+    // Started by somebody else, on memory that is the image.
+    let offset = ram_offset(&settings.image);
+    let mapped = format!(
+        "memory-backend-file,mem-path={},offset={offset},share=off,readonly=on,rom=off",
+        settings.image.display()
+    );
+    let spec = QemuSpec { backend: MemoryBackend::Object(mapped), incoming: Incoming::Defer, ..spec };
+    let mut fourth = spec.start().unwrap();
+    let waiting = Target::Waiting(QmpAddress::Unix(fourth.qmp_path()));
+    let settings = RestoreSettings { mode: Mode::Map, ..RestoreSettings::new(&settings.image, waiting) };
+    let restored = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved);
+    let restored = restored.unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!((restored.mode, restored.run_state.as_str()), (Mode::Map, "running"));
+    count = next(&mut fourth, Some(&count));
+    next(&mut fourth, Some(&count));
+}
+
+/// Where in an image the pages of the board's RAM begin.
+fn ram_offset(image: &Path) -> u64 {
+    let image = MappedRamFile::open(image).unwrap();
+    let ram = image.layout().blocks.iter().find(|block| block.name.as_str() == "pc.ram");
+    ram.expect("the board's RAM").pages.start
 }
 
 #[test]

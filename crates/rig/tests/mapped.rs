@@ -4,13 +4,14 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
-use lab::{Guest, GuestSettings, MachineKind, MemoryBackend, QemuSpec, Serial};
+use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, QemuSpec, Serial};
 use vmstate::net::QmpAddress;
 use vmstate::source::MappedRamFile;
 use vmstate::{
-    Cancel, Mode, Observer, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Unobserved,
-    Via,
+    Cancel, Kind, Mode, Observer, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Then,
+    Unobserved, Via,
 };
 use vmstate_rig::{DEADLINE, StockLoad, stock_save};
 
@@ -184,5 +185,96 @@ fn bytes_under_pages_that_the_image_has_as_zero_are_not_the_guests() {
         let mut bytes = [0xff; 16];
         saved.read_exact_at(&mut bytes, offset + at).unwrap();
         assert_eq!(bytes, [0; 16], "{at:#x}");
+    }
+}
+
+#[test]
+fn an_image_that_a_guest_lives_from_is_replaced_by_name_and_not_written_in_place() {
+    let dir = directory();
+    let image = dir.path().join("vm.img");
+    let spec = spec(MachineKind::Q35, 256, MemoryBackend::Plain);
+    let round = saved(&spec, &image);
+    let mut restored = restore(&spec, &image);
+    let round = restored.goes_on_from(round, "before");
+
+    let in_place = save(&restored.qmp(), &image, |settings| {
+        settings.offset = Some(0);
+        settings.overwrite = true;
+    });
+    let error = in_place.unwrap_err();
+    assert_eq!(error.to_string(), format!("`{}` is the memory of a guest that runs", image.display()));
+    assert_eq!(error.kind(), Kind::Misuse);
+    // The guest was not even stopped.
+    let round = restored.goes_on_from(round, "refused");
+
+    // Under the same name, out of the file that has the name so far.
+    save(&restored.qmp(), &image, |settings| {
+        settings.overwrite = true;
+        settings.then = Then::Resume;
+    })
+    .unwrap();
+    let round = restored.goes_on_from(round, "replaced");
+    std::fs::write(&image, "no image any more").unwrap();
+    restored.goes_on_from(round, "the name is another file's");
+}
+
+/// Keeps what is said.
+#[derive(Default)]
+struct Notes(Mutex<Vec<String>>);
+
+impl Observer for Notes {
+    fn note(&self, text: &str) {
+        self.0.lock().unwrap().push(text.to_owned());
+    }
+}
+
+#[test]
+fn auto_reads_a_small_image_and_says_so() {
+    let dir = directory();
+    let image = dir.path().join("vm.img");
+    let spec = spec(MachineKind::Q35, 256, MemoryBackend::Plain);
+    let round = saved(&spec, &image);
+    let notes = Notes::default();
+    let mut restored = restore_observed(&spec, &image, Mode::Auto, &notes).unwrap();
+    assert_eq!(restored.report.mode, Mode::Eager);
+    assert_eq!(restored.report.mode_reason.as_deref(), Some("the image is small"));
+    assert!(restored.report.resident.is_some());
+    assert!(notes.0.lock().unwrap().contains(&"mode eager: the image is small".to_owned()));
+    restored.goes_on_from(round, "eager");
+}
+
+/// A QEMU that somebody else has started and that waits, with its RAM from where `object` says.
+fn restore_into_waiting(
+    spec: &QemuSpec,
+    image: &Path,
+    backend: MemoryBackend,
+    mode: Mode,
+) -> Result<RestoreReport> {
+    let waiting = QemuSpec { backend, incoming: Incoming::Defer, ..spec.clone() }.start().unwrap();
+    let target = Target::Waiting(QmpAddress::Unix(waiting.qmp_path()));
+    let settings = RestoreSettings { mode, ..RestoreSettings::new(image, target) };
+    vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved)
+}
+
+#[test]
+fn a_waiting_qemu_is_mapped_only_where_its_memory_is_the_image_at_the_right_place() {
+    let dir = directory();
+    let image = dir.path().join("vm.img");
+    let spec = spec(MachineKind::Q35, 256, MemoryBackend::Plain);
+    saved(&spec, &image);
+    let at = |offset: u64| {
+        let name = image.display();
+        MemoryBackend::Object(format!(
+            "memory-backend-file,mem-path={name},offset={offset},share=off,readonly=on,rom=off"
+        ))
+    };
+    let right = pages_offset(&image);
+    let report = restore_into_waiting(&spec, &image, at(right), Mode::Auto).unwrap();
+    assert_eq!(report.mode, Mode::Map);
+    assert_eq!(report.mode_reason.as_deref(), Some("the target's memory is a mapping of the image"));
+    for elsewhere in [at(0), MemoryBackend::Plain] {
+        let error = restore_into_waiting(&spec, &image, elsewhere, Mode::Map).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert_eq!(error.to_string(), format!("target's `pc.ram` is not mapped from {}", image.display()));
     }
 }

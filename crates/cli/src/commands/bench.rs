@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use lab::bench::{Backend, BenchSettings, Style, render, svg};
+use lab::bench::{Backend, BenchSettings, Style, render, render_clones, render_modes, svg};
 use lab::demo::Narrator;
+use serde::Serialize;
 use vmstate::{Error, Kind};
 
 use super::Outcome;
@@ -40,18 +41,33 @@ pub fn run(args: &Bench) -> vmstate::Result<Outcome> {
     if let Some(path) = &args.plot {
         require_directory(path)?;
     }
+    let style = if args.markdown { Style::Markdown } else { Style::Text };
+    if let Some(sizes) = &args.restore_modes {
+        let rounds = args.rounds.unwrap_or(if args.quick { ROUNDS_QUICK } else { ROUNDS });
+        let rows = lab::bench::modes(sizes, rounds.into(), &directory, &cancel, &Teller)?;
+        return tell(args, &rows, || render_modes(&rows, style));
+    }
+    if let Some(counts) = &args.clones {
+        let counts: Vec<usize> = counts.iter().map(|count| usize::from(*count)).collect();
+        let rows = lab::bench::clones(&counts, args.memory, &directory, &cancel, &Teller)?;
+        return tell(args, &rows, || render_clones(&rows, style));
+    }
     let report = lab::bench::bench(&settings(args, directory), &cancel, &Teller)?;
     if let Some(path) = &args.plot {
         std::fs::write(path, svg(&report))
             .map_err(|error| Error::io(format!("cannot write {}", path.display()), error))?;
     }
+    tell(args, &report, || render(&report, style))
+}
+
+/// Prints what was measured, as it was asked for.
+fn tell(args: &Bench, report: &impl Serialize, table: impl FnOnce() -> String) -> vmstate::Result<Outcome> {
     if args.json {
-        let value = serde_json::to_value(&report)
+        let value = serde_json::to_value(report)
             .map_err(|error| Error::new(Kind::Misuse, "the report is no JSON").because(error))?;
         print_json(&value);
     } else {
-        let style = if args.markdown { Style::Markdown } else { Style::Text };
-        line(render(&report, style).trim_end());
+        line(table().trim_end());
     }
     Ok(Outcome::Done)
 }

@@ -108,14 +108,20 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
         print_json(&as_json(&report));
     } else {
         let pid = report.qemu_pid.map_or_else(String::new, |pid| format!(" in process {pid}"));
-        line(format!(
-            "restored {} via {}: {}{pid} after {}, {} of data",
-            settings.image.display(),
-            report.via.name(),
-            report.run_state,
-            time(report.first_instruction),
-            size(report.read_bytes),
-        ));
+        let (image, state) = (settings.image.display(), &report.run_state);
+        let (took, read) = (time(report.first_instruction), size(report.read_bytes));
+        line(match report.mode {
+            Mode::Map => format!("restored {image} mapped: {state}{pid} after {took}, {read} read so far"),
+            _ => format!(
+                "restored {image} via {}: {state}{pid} after {took}, {read} of data",
+                report.via.name()
+            ),
+        });
+        if report.mode == Mode::Map {
+            say(
+                "note: the image is the guest's memory now: rename it or remove it, but do not write into it",
+            );
+        }
         match &report.qmp {
             Some(address) => line(format!("its monitor is at {address}")),
             None if report.foreground.is_none() => {

@@ -170,7 +170,7 @@ fn restore_ours(running: &Running, image: &Path, cancel: &Cancel) -> Result<Samp
 }
 
 /// Has the kernel forget what it has of a file; it is durable, so nothing is lost.
-fn leave_cache(image: &Path) -> Result<()> {
+pub fn leave_cache(image: &Path) -> Result<()> {
     let failed = |error: io::Error| Error::io(format!("cannot open {}", image.display()), error);
     let file = File::open(image).map_err(failed)?;
     rustix::fs::fadvise(&file, 0, None, Advice::DontNeed).map_err(|error| failed(error.into()))

@@ -5,9 +5,11 @@
 //! speed drifts treats all alike. A ratio is the median of the rounds' own ratios, with an interval.
 
 mod budget;
+mod clone;
 mod guests;
 mod measure;
 mod meter;
+mod modes;
 mod plan;
 mod plot;
 mod room;
@@ -22,6 +24,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 pub use budget::{Budget, Rival, Verdict};
+pub use modes::{CloneRow, ModeRow, clones, modes, render_clones, render_modes};
 pub use plot::svg;
 pub use run::bench;
 pub use statistics::Interval;

@@ -76,10 +76,10 @@ fn group_title(job: Job, load: Load, rows: &[&Row]) -> String {
 }
 
 /// A header and rows of as many cells. Of the columns the first ones hold words, the others numbers.
-struct Cells {
-    header: Vec<&'static str>,
-    rows: Vec<Vec<String>>,
-    words: usize,
+pub struct Cells {
+    pub header: Vec<&'static str>,
+    pub rows: Vec<Vec<String>>,
+    pub words: usize,
 }
 
 fn row_table(job: Job, rows: &[&Row]) -> Cells {
@@ -166,7 +166,7 @@ fn verdict(comparison: &Comparison) -> String {
     }
 }
 
-fn lay_out(cells: &Cells, style: Style) -> String {
+pub fn lay_out(cells: &Cells, style: Style) -> String {
     let mut text = String::new();
     let header: Vec<String> = cells.header.iter().map(|&name| name.to_owned()).collect();
     match style {
