@@ -31,10 +31,11 @@ pub use page;
 pub use error::{Error, Kind, Result};
 pub use io::{Cancel, Owner};
 pub use job::{
-    ConvertReport, ConvertSettings, DirectIo, Estimate, FaultReport, Mode, Observer, Pace, Phases, Progress,
-    ProgressReading, Record, Rehearsal, RestoreReport, RestoreSettings, ResumeReport, ResumeSettings,
-    SaveFormat, SaveReport, SaveSettings, Target, Then, Unobserved, Via, check, check_at, convert, info,
-    info_at, rehearse, restore, resume, save,
+    CompareSettings, Compared, Comparison, ConvertReport, ConvertSettings, DirectIo, Estimate, FaultReport,
+    Mode, Observer, Pace, Phases, Progress, ProgressReading, Record, Rehearsal, RestoreReport,
+    RestoreSettings, ResumeReport, ResumeSettings, SaveFormat, SaveReport, SaveSettings, Target, Then,
+    Unobserved, Via, check, check_at, compare, compare_files, convert, info, info_at, rehearse, restore,
+    resume, save,
 };
 pub use job::{DomainRestoreReport, DomainRestoreSettings, managed_image, restore_domain};
 pub use rate::Rate;

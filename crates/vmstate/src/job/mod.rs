@@ -1,6 +1,7 @@
 //! The jobs: each is a composition of sources and sinks, run by [`save()`], [`restore()`] and so on.
 
 pub mod ceiling;
+mod compare;
 mod convert;
 mod inspect;
 mod progress;
@@ -10,6 +11,10 @@ mod save;
 
 use std::time::{Duration, Instant};
 
+pub use compare::{
+    BlockDifference, CompareSettings, Compared, Comparison, SectionDifference, ValueDifference, compare,
+    compare_files,
+};
 pub use convert::{ConvertReport, ConvertSettings, convert};
 pub use inspect::{BlockSummary, Check, ImageInfo, SectionSummary, check, check_at, info, info_at};
 /// What the fields of device state are.

@@ -186,7 +186,7 @@ impl Planned {
         let plan = ImagePlan::new(&configuration, &shape.ram, &shape.blocks, shape.page_size, start)
             .map_err(not_understood)?;
         let present = plan.blocks.iter().map(|_| SparsePageSet::new()).collect();
-        Ok(Planned { plan, section_id: shape.ram.section_id, early: shape.early.clone(), present })
+        Ok(Planned { plan, section_id: shape.ram.section_id, early: shape.early_bytes(), present })
     }
 }
 
@@ -220,7 +220,7 @@ impl<'a, 'b> Gathering<'a, 'b> {
         Ok(Gathering { sink, planned, staging, lanes, dealt, open: None })
     }
 
-    fn page(&mut self, FlowingPage { block, offset, data }: FlowingPage<'_>) -> Result<()> {
+    fn page(&mut self, FlowingPage { block, offset, data, .. }: FlowingPage<'_>) -> Result<()> {
         let size = self.page_size(block);
         let index = offset >> size.shift();
         let first = PageIndex(index - index % WINDOW_PAGES);

@@ -149,14 +149,14 @@ impl Sink for StreamSink {
         self.section_id = shape.ram.section_id;
         Preamble { configuration: shape.plain_configuration() }.encode(&mut self.buffer);
         setup(shape).encode_section(self.section_id, &mut self.buffer);
-        self.buffer.extend_from_slice(&shape.early);
+        self.buffer.extend_from_slice(&shape.early_bytes());
         Item::Part { section_id: self.section_id }.encode(&mut self.buffer);
         match pages {
             Pages::Placed(pages) => self.placed(shape, pages),
             Pages::Flowing(pages) => {
                 let mut records = RecordEncoder::new(&setup(shape));
                 let page = shape.page_size.bytes();
-                pages.for_each(&mut |FlowingPage { block, offset, data }| {
+                pages.for_each(&mut |FlowingPage { block, offset, data, .. }| {
                     let counters = &self.means.counters;
                     let counter = if data.is_some() { &counters.bytes_written } else { &counters.bytes_zero };
                     counter.fetch_add(page, Ordering::Relaxed);

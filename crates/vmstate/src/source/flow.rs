@@ -7,8 +7,9 @@ use std::sync::Arc;
 use io::{Inflow, ReadPair, Supply};
 use page::{Mask, PageIndex, PageSize, RamBlock};
 use wire::libvirt::Head;
-use wire::qemu::format::{MAPPED_RAM, X_IGNORE_SHARED};
-use wire::qemu::{BlockEntry, Configuration, DeviceState, SectionHeader, split_sections};
+use wire::qemu::format::{MAPPED_RAM, VMDESCRIPTION_HEADER_LEN, X_IGNORE_SHARED};
+use wire::qemu::vmdesc::{self, VmDescription};
+use wire::qemu::{BlockEntry, Configuration, DeviceSection, DeviceState, SectionHeader, split_sections};
 
 use super::mapped_ram::faulty;
 use super::{Bounds, Format, open_image};
@@ -22,15 +23,38 @@ pub struct GuestShape {
     pub configuration: Option<Configuration>,
     /// The head of RAM's START section.
     pub ram: SectionHeader,
-    /// The sections that other handlers write before the pages go, heads and footers included, byte for byte.
-    pub early: Vec<u8>,
+    /// The sections that other handlers write before the pages go.
+    pub early: Vec<LiftedSection>,
     /// The RAM blocks, in the image's order: name and length.
     pub blocks: Vec<BlockEntry>,
     /// The size of the pages that are counted.
     pub page_size: PageSize,
 }
 
+/// A device section taken out of an image, byte for byte.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LiftedSection {
+    /// Its head, and where in the image it stood.
+    pub section: DeviceSection,
+    /// All of it, head and footer included.
+    pub bytes: Vec<u8>,
+}
+
+impl LiftedSection {
+    /// The payload.
+    pub fn payload(&self) -> &[u8] {
+        let DeviceSection { header_at, payload, .. } = &self.section;
+        let at = |offset: u64| usize::try_from(offset.saturating_sub(*header_at)).unwrap_or(usize::MAX);
+        self.bytes.get(at(payload.start)..at(payload.end)).unwrap_or_default()
+    }
+}
+
 impl GuestShape {
+    /// The early sections, one after the other, as every image has them behind the START of RAM.
+    pub fn early_bytes(&self) -> Vec<u8> {
+        self.early.iter().flat_map(|early| early.bytes.iter().copied()).collect()
+    }
+
     /// A shape of which all RAM can be had, `path` being for messages.
     ///
     /// # Errors
@@ -85,6 +109,20 @@ impl Tail {
         split_sections(&self.bytes, self.at).map_err(|fault| faulty(path, fault))
     }
 
+    /// What describes the sections, if the image has that.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] where it is no description.
+    pub fn vmdescription(&self, path: &Path) -> Result<Option<VmDescription>> {
+        let Some(range) = self.devices(path)?.vmdesc else { return Ok(None) };
+        let json = self.part(range).get(VMDESCRIPTION_HEADER_LEN..).unwrap_or_default();
+        let at = range.start + VMDESCRIPTION_HEADER_LEN as u64;
+        match json.is_empty() {
+            true => Ok(None),
+            false => vmdesc::parse(json, at).map(Some).map_err(|fault| faulty(path, fault)),
+        }
+    }
+
     /// The bytes of a range of the source.
     pub fn part(&self, range: wire::FileRange) -> &[u8] {
         let at = |offset: u64| usize::try_from(offset.saturating_sub(self.at)).unwrap_or(usize::MAX);
@@ -135,6 +173,8 @@ pub struct FlowingPage<'a> {
     pub offset: u64,
     /// Its bytes, one page of them; `None` where it was sent as zero.
     pub data: Option<&'a [u8]>,
+    /// Where in the stream its bytes stand, or the record that says that it is zero ended.
+    pub at: u64,
 }
 
 /// The pages of an image that is read once, from front to back. One that comes again replaces what came before.

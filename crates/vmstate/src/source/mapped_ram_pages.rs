@@ -8,7 +8,7 @@ use io::{FileSupply, ReadPair, Supply};
 use page::{Mask, PageIndex, PageRange, WINDOW_PAGES};
 use wire::FileRange;
 
-use super::flow::{GuestShape, KnownWindow, Pages, PlacedPages, Source, Tail};
+use super::flow::{GuestShape, KnownWindow, LiftedSection, Pages, PlacedPages, Source, Tail};
 use super::{FileExtents, Format, MappedRamFile};
 use crate::{Error, Kind, Result};
 
@@ -44,11 +44,14 @@ impl MappedRamSource {
             );
             return Err(Error::new(Kind::Unsupported, clause));
         }
-        let early = layout.early.iter().map(|early| image.read(FileRange::new(early.header_at, early.end)));
+        let early = layout.early.iter().map(|section| {
+            let bytes = image.read(FileRange::new(section.header_at, section.end))?;
+            Ok(LiftedSection { section: section.clone(), bytes })
+        });
         let shape = GuestShape {
             configuration: layout.preamble.configuration.clone(),
             ram: layout.ram.clone(),
-            early: early.collect::<Result<Vec<_>>>()?.concat(),
+            early: early.collect::<Result<Vec<_>>>()?,
             blocks: layout.blocks.iter().map(|block| block.entry()).collect(),
             page_size,
         }

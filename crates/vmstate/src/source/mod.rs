@@ -14,13 +14,15 @@ mod places;
 mod stream;
 mod stream_bytes;
 mod stream_file;
+mod stream_index;
 mod stream_pages;
 
 pub use bounds::{Bounds, open_image};
 pub use extents::FileExtents;
 pub(crate) use extents::unreadable;
 pub use flow::{
-    FlowingPage, FlowingPages, GuestShape, Input, InputBytes, KnownWindow, Pages, PlacedPages, Source, Tail,
+    FlowingPage, FlowingPages, GuestShape, Input, InputBytes, KnownWindow, LiftedSection, Pages, PlacedPages,
+    Source, Tail,
 };
 pub use format::Format;
 pub use image::Image;
@@ -29,9 +31,10 @@ pub use libvirt::{DomainInfo, Payload};
 pub use libvirt_source::LibvirtSource;
 pub use mapped_ram::{BlockUse, MappedRamFile, Use};
 pub use mapped_ram_pages::MappedRamSource;
-pub use open::open_source;
+pub use open::{OpenedPlaced, open_placed, open_source};
 pub use places::{Place, Places, Stored};
 pub use stream::{StreamBlock, StreamContents, scan_stream};
 pub use stream_bytes::Rest;
 pub use stream_file::StreamFile;
+pub use stream_index::StreamIndex;
 pub use stream_pages::StreamSource;

@@ -3,10 +3,12 @@
 use std::io::{BufRead, Cursor, Read};
 use std::sync::Arc;
 
-use io::Inflow;
+use io::{Inflow, ReadPair};
 
 use super::flow::{Input, InputBytes, Source};
-use super::{Bounds, Format, LibvirtSource, MappedRamSource, StreamSource};
+use super::{
+    Bounds, Format, LibvirtSource, MappedRamSource, Payload, PlacedPages, StreamIndex, StreamSource,
+};
 use crate::{Error, Kind, Result};
 
 /// How much of what cannot be read twice is looked at to tell its format.
@@ -61,4 +63,60 @@ pub fn open_source(input: Input, format: Option<Format>) -> Result<Box<dyn Sourc
             }
         }
     }
+}
+
+/// An image whose pages can be read in any order, and its tail at once.
+pub struct OpenedPlaced {
+    /// What it was read as.
+    pub format: Format,
+    /// The image, its pages taken.
+    pub source: Box<dyn Source>,
+    /// Its pages.
+    pub pages: Arc<dyn PlacedPages>,
+}
+
+/// Opens an image whose pages are to be read in any order. A stream is read to its end for that.
+///
+/// # Errors
+/// As [`open_source`]; [`Kind::Misuse`] for what cannot be read twice, [`Kind::Unsupported`] for what is compressed.
+pub fn open_placed(input: Input, format: Option<Format>) -> Result<OpenedPlaced> {
+    let Input { path, start, bytes, cancel } = input;
+    let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
+    let InputBytes::File(pair) = bytes else {
+        let clause =
+            format!("{}: a pipe is read once, and its pages are wanted in another order", path.display());
+        return Err(Error::new(Kind::Misuse, clause).hint("convert it into a file first"));
+    };
+    // A head of libvirt's is looked behind, unless the image is said to begin at once.
+    let payload = match format {
+        Some(Format::MappedRam | Format::Stream) => Payload { head: None, at: start },
+        _ => Payload::of(&pair.buffered, &path, start)?,
+    };
+    let format = match format {
+        Some(format) => format,
+        None => Format::of_payload(&pair.buffered, &path, &payload)?,
+    };
+    let (source, pages): (Box<dyn Source>, Arc<dyn PlacedPages>) = match format {
+        _ if format.has_places() => {
+            let source = MappedRamSource::open(pair, &path, payload.at)?;
+            let pages = source.placed();
+            (Box::new(source), pages)
+        }
+        Format::Libvirt(compressed) if compressed.is_compressed() => {
+            let clause =
+                format!("{} is compressed: its pages cannot be read in another order", path.display());
+            return Err(
+                Error::new(Kind::Unsupported, clause).hint("convert it first: vmstate convert -O mapped-ram")
+            );
+        }
+        _ => {
+            let bounds = Bounds::of(&pair.buffered, &path, payload.at)?;
+            let again = ReadPair::buffered(pair.buffered.try_clone().map_err(cannot)?);
+            let from = Inflow::of_file(Arc::new(pair), payload.at, bounds.end, &cancel).map_err(cannot)?;
+            let mut source = StreamSource::open(Box::new(from), &path, payload.at, Some(bounds.len()))?;
+            let index = StreamIndex::read(&mut source, again)?;
+            (Box::new(source), Arc::new(index))
+        }
+    };
+    Ok(OpenedPlaced { format, source, pages })
 }

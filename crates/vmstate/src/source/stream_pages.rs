@@ -4,13 +4,12 @@ use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 
 use page::PageSize;
-use wire::qemu::format::VMDESCRIPTION_HEADER_LEN;
-use wire::qemu::{DeviceSection, Event, StreamScanner, check_early, vmdesc};
+use wire::qemu::{DeviceSection, Event, StreamScanner, check_early};
 use wire::{Fault, FileRange};
 
 use super::Format;
 use super::extents::TAIL_LEN_MAX;
-use super::flow::{FlowingPage, FlowingPages, GuestShape, Pages, Source, Tail};
+use super::flow::{FlowingPage, FlowingPages, GuestShape, LiftedSection, Pages, Source, Tail};
 use super::mapped_ram::faulty;
 use crate::{Error, Kind, Result};
 
@@ -20,8 +19,6 @@ pub struct StreamSource {
     from: Box<dyn BufRead + Send>,
     scanner: StreamScanner,
     shape: GuestShape,
-    /// The early sections that were found: the description at the end has to confirm their lengths.
-    early: Vec<DeviceSection>,
     /// What is known of the length of all pages before they come.
     data_bytes_max: Option<u64>,
     /// Where the device state begins, once RAM has ended.
@@ -64,7 +61,6 @@ impl StreamSource {
                 blocks: Vec::new(),
                 page_size: PageSize::X86,
             },
-            early: Vec::new(),
             data_bytes_max: None,
             tail_at: None,
         };
@@ -83,9 +79,8 @@ impl StreamSource {
                 Said::Early(section) => {
                     let at =
                         |offset: u64| usize::try_from(offset.saturating_sub(start)).unwrap_or(usize::MAX);
-                    let bytes = head.get(at(section.header_at)..at(section.end)).unwrap_or_default();
-                    source.shape.early.extend_from_slice(bytes);
-                    source.early.push(section);
+                    let bytes = head.get(at(section.header_at)..at(section.end)).unwrap_or_default().to_vec();
+                    source.shape.early.push(LiftedSection { section, bytes });
                 }
                 Said::Pages => break,
                 Said::Other => {}
@@ -118,12 +113,12 @@ impl StreamSource {
             head.extend_from_slice(&window[..consumed]);
         }
         let said = match step.event {
-            Some(Event::Page { block, offset, data, .. }) => {
-                on_page(FlowingPage { block, offset, data: Some(data) })?;
+            Some(Event::Page { block, offset, at, data }) => {
+                on_page(FlowingPage { block, offset, data: Some(data), at })?;
                 Said::Other
             }
             Some(Event::Zero { block, offset }) => {
-                on_page(FlowingPage { block, offset, data: None })?;
+                on_page(FlowingPage { block, offset, data: None, at })?;
                 Said::Other
             }
             Some(Event::Preamble(preamble)) => Said::Head(preamble),
@@ -222,16 +217,11 @@ impl Source for StreamSource {
             return Err(faulty(path, Fault::unsupported(at, "device state", problem)));
         }
         let tail = Tail { bytes, at };
-        let devices = tail.devices(path)?;
-        let description = match devices.vmdesc.filter(|_| !self.early.is_empty()) {
-            Some(range) => {
-                let json = tail.part(range).get(VMDESCRIPTION_HEADER_LEN..).unwrap_or_default();
-                let at = range.start + VMDESCRIPTION_HEADER_LEN as u64;
-                Some(vmdesc::parse(json, at).map_err(|fault| faulty(path, fault))?)
-            }
-            None => None,
-        };
-        check_early(&self.early, description.as_ref()).map_err(|fault| faulty(path, fault))?;
+        // The lengths of early sections were guesses, which the description confirms or not.
+        let early: Vec<_> = self.shape.early.iter().map(|early| early.section.clone()).collect();
+        let description = if early.is_empty() { None } else { tail.vmdescription(path)? };
+        check_early(&early, description.as_ref()).map_err(|fault| faulty(path, fault))?;
+        tail.devices(path)?;
         Ok(tail)
     }
 }

@@ -1,5 +1,6 @@
 //! Images become others of every format and say the same: guests out of nothing, there and back.
 
+mod compare;
 mod images;
 mod refused;
 

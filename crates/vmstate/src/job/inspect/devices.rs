@@ -6,7 +6,8 @@ use wire::qemu::DeviceSection;
 use wire::qemu::fields::{FieldDecoder, Fields, schema};
 use wire::qemu::vmdesc::{Device, VmDescription};
 
-use crate::source::{Format, Image, open_image};
+use crate::manifest::Manifest;
+use crate::source::{Format, Image, Tail, open_image};
 use crate::{Error, Kind, Result};
 
 /// Which sections are read, and how.
@@ -100,7 +101,7 @@ pub fn devices(
         let clause = format!("{} has no device section `{name}`", path.display());
         return Err(Error::new(Kind::Misuse, clause).hint("`vmstate info` lists them"));
     }
-    let mut reader = Reader {
+    let mut reader = SectionReader {
         own: image.vmdescription()?,
         other,
         qemu: image.manifest()?.and_then(|manifest| major_minor(&manifest.qemu_version)),
@@ -140,15 +141,24 @@ fn major_minor(version: &str) -> Option<(u32, u32)> {
     }
 }
 
-struct Reader {
+/// Reads sections by what describes them.
+pub(in crate::job) struct SectionReader {
     own: Option<VmDescription>,
     other: Option<VmDescription>,
     qemu: Option<(u32, u32)>,
     decoder: FieldDecoder,
 }
 
-impl Reader {
-    fn section(
+impl SectionReader {
+    /// A reader of the sections of a tail, which has been taken apart; `path` is for messages.
+    pub(in crate::job) fn of_tail(tail: &Tail, path: &Path) -> Result<SectionReader> {
+        let own = tail.vmdescription(path)?;
+        let manifest = Manifest::of(own.clone(), path)?;
+        let qemu = manifest.and_then(|manifest| major_minor(&manifest.qemu_version));
+        Ok(SectionReader { own, other: None, qemu, decoder: FieldDecoder::default() })
+    }
+
+    pub(in crate::job) fn section(
         &mut self,
         section: &DeviceSection,
         payload: &[u8],

@@ -6,6 +6,7 @@ mod info;
 mod map;
 
 pub use check::{Check, check, check_at};
+pub(super) use devices::SectionReader;
 pub use devices::{DescribedBy, DevicesSettings, SectionContent, SectionReport, devices};
 pub use info::{BlockSummary, ImageInfo, SectionSummary, info, info_at};
 pub use map::{
