@@ -13,7 +13,7 @@ use crate::monitor::{DomainRestoreArgs, MonitorArgs};
 #[derive(Debug, Parser)]
 #[command(name = "vmstate", version, max_term_width = 100, arg_required_else_help = true)]
 #[command(
-    after_help = "Exit codes: 0 done, 1 the answer is no (damaged), 2 could not do it, 130 interrupted.\n\
+    after_help = "Exit codes: 0 done, 1 the answer is no (damaged, different), 2 could not do it, 130 interrupted.\n\
                   Data goes to stdout, everything else to stderr."
 )]
 pub struct Args {
@@ -37,6 +37,10 @@ pub enum Command {
     Map(Map),
     /// Show the device state of an image, field by field
     Devices(Devices),
+    /// Make an image of another format that says the same
+    Convert(Convert),
+    /// Say in what two images differ, whatever their formats; exit 1 when they do
+    Compare(Compare),
     /// Boot the built-in guest, save it, restore it, and compare with QEMU's own best way
     Demo(Demo),
     /// Compare QEMU's own ways of saving and restoring with ours, in real QEMUs
@@ -331,6 +335,112 @@ pub struct Devices {
 }
 
 #[derive(Debug, ClapArgs)]
+pub struct Convert {
+    /// The image to read: a file, a block device, a FIFO, or - for the standard input
+    #[arg(value_name = "IN")]
+    pub input: PathBuf,
+
+    /// The image to write: a new file, a block device, a FIFO, or - for the standard output
+    #[arg(value_name = "OUT")]
+    pub output: PathBuf,
+
+    /// What IN is read as [default: what its first bytes say]
+    #[arg(long, short = 'f', value_name = "FORMAT", value_enum)]
+    pub from_format: Option<FormatArg>,
+
+    /// The format of OUT
+    #[arg(long, short = 'O', value_name = "FORMAT", value_enum)]
+    pub to_format: FormatArg,
+
+    /// Where in IN the image starts (0x10000, 64K, 1M, 2G)
+    #[arg(long, value_name = "N", default_value = "0", value_parser = bytes)]
+    pub in_offset: u64,
+
+    /// Write into the file OUT, which must exist, from this offset on (0x10000, 64K, 1M, 2G)
+    ///
+    /// What the file has before N stays as it is; what it has behind is lost and needs --overwrite. The file is
+    /// written in place, so this cannot be undone.
+    #[arg(long, value_name = "N", value_parser = bytes)]
+    pub offset: Option<u64>,
+
+    /// How many channels read and write in parallel (1 to 255) [default: 8]
+    #[arg(long, value_name = "N", aliases = ["parallel-channels", "parallel-connections"],
+          value_parser = clap::value_parser!(u16).range(1..=255))]
+    pub channels: Option<u16>,
+
+    #[command(flatten)]
+    pub direct_io: DirectIoArgs,
+
+    /// Replace OUT if it exists; the old one stays whole until the new one is
+    ///
+    /// Of a block device, or of a file with --offset, what is there is overwritten in place.
+    #[arg(long)]
+    pub overwrite: bool,
+
+    /// Do not wait until the image is on the disk
+    #[arg(long)]
+    pub no_sync: bool,
+
+    /// The permission bits of a new file
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = octal)]
+    pub mode: u32,
+
+    /// Whom a new file is given to: names or numbers
+    #[arg(long, value_name = "USER[:GROUP]")]
+    pub owner: Option<Owner>,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
+
+    #[command(flatten)]
+    pub progress: ProgressArgs,
+}
+
+#[derive(Debug, ClapArgs)]
+pub struct Compare {
+    /// One image: a file or a block device
+    #[arg(value_name = "A")]
+    pub one: PathBuf,
+
+    /// The other one
+    #[arg(value_name = "B")]
+    pub other: PathBuf,
+
+    /// What both are read as [default: what their first bytes say]
+    #[arg(long, short = 'f', value_name = "FORMAT", value_enum)]
+    pub format: Option<FormatArg>,
+
+    /// Where in A the image starts (0x10000, 64K, 1M, 2G)
+    #[arg(long, value_name = "N", default_value = "0", value_parser = bytes)]
+    pub offset: u64,
+
+    /// Where in B the image starts
+    #[arg(long, value_name = "N", default_value = "0", value_parser = bytes)]
+    pub other_offset: u64,
+
+    /// Compare the memory and not the devices
+    #[arg(long, conflicts_with = "devices_only")]
+    pub ram_only: bool,
+
+    /// Compare the devices and not the memory
+    #[arg(long)]
+    pub devices_only: bool,
+
+    /// A device section or RAM block that may differ, by its name or what is behind its last slash; may be given again
+    #[arg(long, value_name = "NAME")]
+    pub ignore: Vec<String>,
+
+    #[command(flatten)]
+    pub direct_io: DirectIoArgs,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
+
+    #[command(flatten)]
+    pub progress: ProgressArgs,
+}
+
+#[derive(Debug, ClapArgs)]
 pub struct Demo {
     /// The guest's memory in MiB
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(64..=65536))]
@@ -548,6 +658,8 @@ impl Args {
             Command::Info(args) | Command::Check(args) => args.json,
             Command::Map(args) => args.json,
             Command::Devices(args) => args.json,
+            Command::Convert(args) => args.report.json,
+            Command::Compare(args) => args.report.json,
             Command::Demo(args) => args.json,
             Command::Bench(args) => args.json,
             Command::Completions { .. } | Command::Man => false,
@@ -555,13 +667,21 @@ impl Args {
     }
 }
 
+impl Convert {
+    /// Whether the image goes to the standard output, so that nothing else may.
+    pub fn takes_stdout(&self) -> bool {
+        is_stdout(&self.output)
+    }
+}
+
+fn is_stdout(path: &std::path::Path) -> bool {
+    ["-", "/dev/stdout"].iter().any(|name| path.as_os_str() == *name)
+}
+
 impl Save {
     /// Whether the image goes to the standard output, so that nothing else may.
     pub fn takes_stdout(&self) -> bool {
-        !self.dry_run
-            && ["-", "/dev/stdout"]
-                .iter()
-                .any(|name| self.image.as_ref().is_some_and(|image| image.as_os_str() == *name))
+        !self.dry_run && self.image.as_deref().is_some_and(is_stdout)
     }
 }
 

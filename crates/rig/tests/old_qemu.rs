@@ -13,9 +13,10 @@ use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, Qemu
 use page::PageSize;
 use serde_json::{Map, json};
 use vmstate::net::QmpAddress;
-use vmstate::source::MappedRamFile;
-use vmstate::{Cancel, RestoreSettings, SaveSettings, Target, Unobserved, Via};
-use vmstate_rig::{DEADLINE, StockLoad, client, stock_load, verify_image};
+use vmstate::qmp::Capability;
+use vmstate::source::{Format, MappedRamFile};
+use vmstate::{Cancel, ConvertSettings, RestoreSettings, SaveSettings, Target, Unobserved, Via};
+use vmstate_rig::{DEADLINE, StockLoad, client, compare_images, stock_load, stock_save, verify_image};
 use wire::qemu::{Event, StreamScanner};
 
 /// The old QEMU as a user has it who never heard of the new one; `None`, aloud, where it is not to be tested.
@@ -124,6 +125,62 @@ fn what_is_saved_from_either_qemu_comes_back_in_qemu_7_2() {
                 .wait_for_round(round + 2, DEADLINE)
                 .unwrap_or_else(|error| panic!("{name} from {from}: {error}"));
         }
+    }
+}
+
+/// Has a QEMU of any age do a migration, and waits until it is complete.
+fn migrate(qemu: &Qemu, command: &str, uri: &str) {
+    let mut client = client(qemu);
+    client.set_capabilities(&[Capability { name: "events".to_owned(), state: true }]).unwrap();
+    client.execute(command, json!({ "uri": uri })).unwrap();
+    loop {
+        let now = client.migration().unwrap();
+        match now.status.as_str() {
+            "completed" => return,
+            "failed" | "cancelled" => panic!("{uri}: {now:?}"),
+            _ => drop(client.next_event(Some(std::time::Instant::now() + DEADLINE)).unwrap()),
+        }
+    }
+}
+
+fn convert(from: &Path, to: &Path, format: Format) {
+    vmstate::convert(&ConvertSettings::new(from, to, format), &Cancel::new().unwrap(), &Unobserved)
+        .unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!(compare_images(from, to), []);
+}
+
+#[test]
+fn what_was_converted_goes_on_in_the_other_qemu() {
+    for (machine, backend) in
+        [(MachineKind::Q35, MemoryBackend::Plain), (MachineKind::Pc, MemoryBackend::Memfd)]
+    {
+        let name = format!("{} {backend:?}", machine.name());
+        let Some(old) = old(machine, backend, 512) else { return };
+        let new = QemuSpec { program: QemuSpec::new(machine, 0).program, ..old.clone() };
+        let dir = images();
+        let at = |name: &str| dir.path().join(name);
+
+        // A stream by QEMU 7.2, which has no other format, into QEMU 10 by its best loader.
+        let mut source = old.start().expect(&name);
+        source.wait_for_round(2, DEADLINE).expect(&name);
+        client(&source).stop().expect(&name);
+        migrate(&source, "migrate", &format!("exec:cat > {}", at("old").display()));
+        let round = source.serial.latest_round().unwrap();
+        drop(source);
+        convert(&at("old"), &at("old-mapped"), Format::MappedRam);
+        let mut target = stock_load(&new, &at("old-mapped"), StockLoad::BEST);
+        client(&target).cont().expect(&name);
+        target.wait_for_round(round + 2, DEADLINE).unwrap_or_else(|error| panic!("{name} to 10: {error}"));
+
+        // And back: what QEMU 10 saved of a machine of that age.
+        stock_save(&target, &at("new"), StockLoad::BEST);
+        let round = target.serial.latest_round().unwrap();
+        drop(target);
+        convert(&at("new"), &at("new-stream"), Format::Stream);
+        let mut target = QemuSpec { incoming: Incoming::Defer, ..old.clone() }.start().expect(&name);
+        migrate(&target, "migrate-incoming", &format!("exec:cat {}", at("new-stream").display()));
+        client(&target).cont().expect(&name);
+        target.wait_for_round(round + 2, DEADLINE).unwrap_or_else(|error| panic!("{name} to 7.2: {error}"));
     }
 }
 

@@ -2,6 +2,8 @@
 
 mod bench;
 mod check;
+mod compare;
+mod convert;
 mod demo;
 mod devices;
 mod info;
@@ -31,6 +33,8 @@ pub fn run(args: Args) -> vmstate::Result<Outcome> {
         Command::Restore(args) => restore::run(args),
         Command::Resume(args) => resume::run(args),
         Command::Info(args) => info::run(&args),
+        Command::Convert(args) => convert::run(args),
+        Command::Compare(args) => compare::run(args),
         Command::Check(args) => check::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Devices(args) => devices::run(&args),

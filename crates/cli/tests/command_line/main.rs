@@ -4,6 +4,7 @@
 //! has to greet.
 
 mod answers;
+mod convert;
 mod devices;
 // The rig may not be depended on from below; this file of it needs nothing else of it.
 #[path = "../../../rig/src/footprint.rs"]
