@@ -363,7 +363,7 @@ pub struct Convert {
     #[arg(long, value_name = "N", value_parser = bytes)]
     pub offset: Option<u64>,
 
-    /// How many channels read and write in parallel (1 to 255) [default: 8]
+    /// How many channels read and write in parallel (1 to 255) [default: one per processor, 2 to 8]
     #[arg(long, value_name = "N", aliases = ["parallel-channels", "parallel-connections"],
           value_parser = clap::value_parser!(u16).range(1..=255))]
     pub channels: Option<u16>,

@@ -13,9 +13,6 @@ use crate::{Error, Kind, Result};
 
 /// The most channels.
 const CHANNELS_MAX: u16 = 255;
-/// How many channels there are unless told. A lane of a conversion waits for the disk twice, to read and to write:
-/// it is their number that keeps both busy.
-const CHANNELS: u16 = 8;
 /// An image with fewer bytes of pages is not worth trying how fast the target is.
 const MEASURED_LEN_MIN: u64 = 256 << 20;
 
@@ -120,7 +117,7 @@ pub fn convert(
     cancel: &Cancel,
     observer: &dyn Observer,
 ) -> Result<ConvertReport> {
-    let channels = settings.channels.unwrap_or(CHANNELS);
+    let channels = settings.channels.unwrap_or_else(super::save::default_channels);
     if !(1..=CHANNELS_MAX).contains(&channels) {
         return Err(Error::new(Kind::Misuse, format!("channels must be between 1 and {CHANNELS_MAX}")));
     }

@@ -11,7 +11,7 @@ use crate::{Error, Result};
 /// With what an image is written.
 #[derive(Clone, Debug)]
 pub struct Means {
-    /// How many lanes write and how many threads read.
+    /// How many lanes there are.
     pub channels: u16,
     /// What is counted as it is done.
     pub counters: Arc<Counters>,

@@ -15,6 +15,8 @@ use crate::{Error, Result};
 
 /// How many bytes of records come together before they are written.
 const WRITE_LEN: usize = 1 << 20;
+/// How many threads read: each waits for one request at a time.
+const READERS: usize = 4;
 /// How many windows are read ahead.
 const WINDOWS_AHEAD: u64 = 8;
 /// The most bytes of pages that are ahead: pages may be larger than those of x86.
@@ -68,7 +70,7 @@ impl StreamSink {
     fn placed(&mut self, shape: &GuestShape, pages: Arc<dyn PlacedPages>) -> Result<()> {
         let mut records = RecordEncoder::new(&setup(shape));
         let page = shape.page_size.bytes();
-        let mut reader = WindowReader::start(pages.clone(), page, &self.means)?;
+        let mut reader = WindowReader::start(pages.clone(), page)?;
         for (block, entry) in shape.blocks.iter().enumerate() {
             let count = entry.used_length / page;
             // Blocks up to this length have their absent pages sent as zero: a target's firmware may have filled
@@ -184,8 +186,7 @@ struct WindowReader {
 }
 
 impl WindowReader {
-    fn start(pages: Arc<dyn PlacedPages>, page: u64, means: &Means) -> Result<WindowReader> {
-        let readers = usize::from(means.channels).min(WINDOWS_AHEAD as usize);
+    fn start(pages: Arc<dyn PlacedPages>, page: u64) -> Result<WindowReader> {
         let fill = move |(block, window): &(usize, KnownWindow), buffer: &mut AlignedBuffer| {
             window.data.runs().try_for_each(|(start, end)| {
                 let at = |index: usize| index * page as usize;
@@ -193,7 +194,7 @@ impl WindowReader {
                 pages.read_at(*block, offset, &mut buffer[at(start)..at(end)])
             })
         };
-        let ahead = ReadAhead::start(readers, fill)
+        let ahead = ReadAhead::start(READERS, fill)
             .map_err(|error| Error::io("a thread that reads cannot be started", error))?;
         let window_len = (WINDOW_PAGES * page) as usize;
         let windows_max = (BYTES_AHEAD / window_len as u64).clamp(1, WINDOWS_AHEAD);
