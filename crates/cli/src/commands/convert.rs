@@ -1,6 +1,7 @@
 //! `vmstate convert`.
 
 use serde_json::{Map, json};
+use vmstate::libvirt::PayloadFormat;
 use vmstate::source::Format;
 use vmstate::{ConvertReport, ConvertSettings};
 
@@ -57,6 +58,8 @@ pub fn format(arg: FormatArg) -> Format {
     match arg {
         FormatArg::MappedRam => Format::MappedRam,
         FormatArg::Stream => Format::Stream,
+        FormatArg::LibvirtRaw => Format::Libvirt(PayloadFormat::Raw),
+        FormatArg::LibvirtSparse => Format::Libvirt(PayloadFormat::Sparse),
     }
 }
 
