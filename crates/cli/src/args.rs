@@ -71,6 +71,14 @@ pub struct Save {
     #[arg(long, value_enum, default_value_t = ViaArg::Auto)]
     pub via: ViaArg,
 
+    /// How QEMU gives the state of the devices where vmstate carries the RAM
+    ///
+    /// `command` is xen-save-devices-state, which leaves the guest as it is. `migration` is one of all but the RAM, for
+    /// guests whose RAM is a memory-backend-file with share=on: the image gets QEMU's description of every field, and
+    /// QEMU is in the state postmigrate afterwards, as with --via qemu. `auto` takes the command if there is one.
+    #[arg(long, value_enum, default_value_t = DeviceStateArg::Auto)]
+    pub device_state: DeviceStateArg,
+
     /// The image's format [default: mapped-ram; stream into a pipe, a FIFO or -; with --domain libvirt-sparse where
     /// libvirt and QEMU know it, else libvirt-raw]
     #[arg(long, value_enum)]
@@ -587,6 +595,13 @@ pub enum ViaArg {
     Auto,
     Direct,
     Qemu,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceStateArg {
+    Auto,
+    Command,
+    Migration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

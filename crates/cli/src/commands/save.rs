@@ -5,10 +5,10 @@ use std::time::Duration;
 use serde_json::{Map, json};
 use vmstate::libvirt::PayloadFormat;
 use vmstate::net::QmpAddress;
-use vmstate::{Error, Kind, Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, Via};
+use vmstate::{DeviceStateBy, Error, Kind, Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, Via};
 
 use super::Outcome;
-use crate::args::{FormatArg, Save, ThenArg, ViaArg};
+use crate::args::{DeviceStateArg, FormatArg, Save, ThenArg, ViaArg};
 use crate::output::{Reporter, leave_stdout, line, ms, print_json, say, size, time};
 use crate::progress::Told;
 use crate::signals::cancel_on_signals;
@@ -30,6 +30,11 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
             ViaArg::Auto => Via::Auto,
             ViaArg::Direct => Via::Direct,
             ViaArg::Qemu => Via::Qemu,
+        },
+        device_state: match args.device_state {
+            DeviceStateArg::Auto => DeviceStateBy::Auto,
+            DeviceStateArg::Command => DeviceStateBy::Command,
+            DeviceStateArg::Migration => DeviceStateBy::Migration,
         },
         format: args.format.map(|format| match format {
             FormatArg::MappedRam => SaveFormat::MappedRam,

@@ -28,7 +28,9 @@ pub use progress::{Estimate, Pace, Progress, ProgressReading};
 pub use restore::{DomainRestoreReport, DomainRestoreSettings, restore_domain};
 pub use restore::{FaultReport, Mode, Record, RestoreReport, RestoreSettings, Target, restore};
 pub use resume::{ResumeReport, ResumeSettings, resume};
-pub use save::{Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, managed_image, rehearse, save};
+pub use save::{
+    DeviceStateBy, Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, managed_image, rehearse, save,
+};
 
 /// Who carries the RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

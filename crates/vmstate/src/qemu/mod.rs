@@ -2,6 +2,7 @@
 
 mod addresses;
 mod blocks;
+mod described;
 mod device_state;
 mod facts;
 mod launch;
@@ -15,6 +16,7 @@ mod standstill;
 
 pub use addresses::with_addresses;
 pub use blocks::{HostBlock, host_blocks};
+pub use described::{described_state, require_ignorable};
 pub use device_state::device_state;
 pub use facts::{guest_facts, stat_disks};
 pub(crate) use launch::lock_hint;

@@ -6,7 +6,7 @@ use wire::mapped_ram::{BlockPlacement, ImagePlan, encode_tail};
 use wire::qemu::Configuration;
 use wire::qemu::format::MAPPED_RAM;
 
-use super::devices::{LiftedDevices, not_understood};
+use super::devices::{DeviceState, LiftedDevices, not_understood};
 use crate::Result;
 use crate::manifest::Manifest;
 use crate::qemu::Probe;
@@ -24,8 +24,7 @@ pub struct MappedRamComposition {
 impl MappedRamComposition {
     /// Composes the image of a guest from the offset `start` of a file or device on.
     ///
-    /// `devices` is the output of `xen-save-devices-state`, which always records the guest as running;
-    /// `run_state` is recorded instead.
+    /// Whatever run state `devices` record, `run_state` is recorded instead.
     ///
     /// # Errors
     /// [`Kind::Peer`](crate::Kind::Peer) where the device state is not understood;
@@ -33,7 +32,7 @@ impl MappedRamComposition {
     /// run state to record in.
     pub fn new(
         probe: &Probe,
-        devices: Vec<u8>,
+        devices: DeviceState,
         run_state: &str,
         manifest: &Manifest,
         start: u64,

@@ -9,6 +9,7 @@ mod stream;
 mod stream_image;
 
 pub use create::create_sink;
+pub use devices::DeviceState;
 pub use flow::{ByteSink, Means, Sink, byte_sink};
 pub use mapped_ram::{MappedRamComposition, bitmap_pieces};
 pub use mapped_ram_image::MappedRamSink;

@@ -14,7 +14,7 @@ use page::{PageCount, PageIndex, PageSet, PageSize};
 use wire::mapped_ram::{Sections, encode_tail};
 use wire::qemu::{Item, Preamble, RamSetup, RecordEncoder};
 
-use super::devices::{LiftedDevices, not_understood};
+use super::devices::{DeviceState, LiftedDevices, not_understood};
 use crate::job::untold_pages;
 use crate::manifest::Manifest;
 use crate::qemu::Probe;
@@ -42,14 +42,14 @@ pub struct PagesSent {
 }
 
 impl StreamComposition {
-    /// Composes the stream of a guest. `devices` is the output of `xen-save-devices-state`.
+    /// Composes the stream of a guest.
     ///
     /// # Errors
     /// [`Kind::Peer`] where the device state is not understood; [`Kind::Unsupported`] where it cannot be
     /// told apart into sections, or has no run state to record in.
     pub fn new(
         probe: &Probe,
-        devices: Vec<u8>,
+        devices: DeviceState,
         run_state: &str,
         manifest: &Manifest,
     ) -> Result<StreamComposition> {

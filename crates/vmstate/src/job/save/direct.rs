@@ -8,9 +8,10 @@ use mem::{AttachError, AttachReason, BlockAddress, GuestRam, PeerError};
 use page::PageSize;
 
 use super::writing::Writing;
-use super::{Carried, SaveFormat, SaveSettings, Stopwatch, room};
+use super::{Carried, DeviceStateBy, SaveFormat, SaveSettings, Stopwatch, room, via_qemu};
 use crate::manifest::{GuestFacts, Manifest};
 use crate::qemu::{self, HostBlock, Probe, Probed, Session};
+use crate::sink::DeviceState;
 use crate::{Error, Kind, Result};
 
 /// What gives the device state without RAM.
@@ -22,6 +23,8 @@ pub(super) struct Prepared {
     blocks: Vec<HostBlock>,
     pub(super) ram: Arc<GuestRam>,
     facts: GuestFacts,
+    /// Whether the device state comes by a migration of its own.
+    is_described: bool,
 }
 
 /// Finds out whether the guest can be carried this way, and gets as far as can be got without stopping it.
@@ -30,10 +33,7 @@ pub(super) struct Prepared {
 /// [`Kind::Unsupported`] where it cannot, with the reason; others where QEMU would refuse any other way too.
 pub(super) fn prepare(settings: &SaveSettings, session: &mut Session) -> Result<Prepared> {
     // Found out now: it is needed only when the guest has been stopped.
-    if !session.client.knows_command(DEVICE_STATE_COMMAND)? {
-        let clause = format!("this QEMU has no command {DEVICE_STATE_COMMAND}");
-        return Err(Error::new(Kind::Unsupported, clause));
-    }
+    let is_described = by_migration(settings, session)?;
     let peer = qemu::find_process(session, settings.pid)?;
     let probe = match qemu::probe(session)? {
         Probed::Plain(probe) => probe,
@@ -55,7 +55,32 @@ pub(super) fn prepare(settings: &SaveSettings, session: &mut Session) -> Result<
         ram.heed(cancel);
     }
     let facts = qemu::guest_facts(&mut session.client)?;
-    Ok(Prepared { probe, blocks, ram: Arc::new(ram), facts })
+    Ok(Prepared { probe, blocks, ram: Arc::new(ram), facts, is_described })
+}
+
+/// Whether the device state is to come by a migration of its own, which leaves QEMU in `postmigrate`: where that is
+/// asked for, and where QEMU has no other way to give it.
+fn by_migration(settings: &SaveSettings, session: &mut Session) -> Result<bool> {
+    let is_there = session.client.knows_command(DEVICE_STATE_COMMAND)?;
+    match settings.device_state {
+        DeviceStateBy::Auto | DeviceStateBy::Command if is_there => return Ok(false),
+        DeviceStateBy::Command => return Err(no_command()),
+        DeviceStateBy::Auto | DeviceStateBy::Migration => {}
+    }
+    let blocks = qemu::host_blocks(&mut session.client)?;
+    let fits = via_qemu::refuse_sleeping(&session.client.status()?)
+        .and_then(|()| qemu::require_ignorable(session, &blocks));
+    match fits {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == Kind::Unsupported && settings.device_state == DeviceStateBy::Auto => {
+            Err(no_command())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn no_command() -> Error {
+    Error::new(Kind::Unsupported, format!("this QEMU has no command {DEVICE_STATE_COMMAND}"))
 }
 
 /// What would help where the kernel forbids to look into the process.
@@ -124,7 +149,7 @@ pub(super) fn carry(
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
 ) -> Result<Carried> {
-    let Prepared { probe, blocks, ram, mut facts } = prepared;
+    let Prepared { probe, blocks, ram, mut facts, is_described } = prepared;
     watch.phase("stop");
     let stopped_at = Instant::now();
     let before = session.pause()?;
@@ -135,8 +160,18 @@ pub(super) fn carry(
 
     watch.phase("device state");
     let run_state = super::recorded_state(settings.record, &before);
-    let devices = qemu::device_state(session)?;
-    session.remember_standstill(&devices)?;
+    let devices = if is_described {
+        // It may have fallen asleep since it was first looked at, and QEMU pauses a guest that was resumed meanwhile
+        // by itself.
+        via_qemu::refuse_sleeping(&before)?;
+        session.verify_still()?;
+        watch.observer.note("device state by a migration of its own: QEMU is in postmigrate afterwards");
+        DeviceState::Described(qemu::described_state(session)?)
+    } else {
+        let devices = qemu::device_state(session)?;
+        session.remember_standstill(&devices)?;
+        DeviceState::Alone(devices)
+    };
     qemu::stat_disks(&mut facts, Some(ram.peer().pid()));
     let manifest = Manifest::now(&session.version, "direct", &run_state, facts);
     let composed = (devices, run_state.as_str(), &manifest);

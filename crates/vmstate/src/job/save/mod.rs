@@ -74,6 +74,18 @@ impl SaveFormat {
     }
 }
 
+/// How QEMU is asked for the state of the devices when vmstate carries the RAM itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceStateBy {
+    /// By the command; by a migration only where QEMU lacks that, and the guest's memory lets it.
+    Auto,
+    /// By `xen-save-devices-state`, which leaves the guest as it is and describes nothing.
+    Command,
+    /// By a migration with `x-ignore-shared`, with QEMU's own description of every field. The guest's memory has to be
+    /// shared files that were given by name, and QEMU is in `postmigrate` afterwards.
+    Migration,
+}
+
 /// What to save, where to, and how.
 #[derive(Clone, Debug)]
 pub struct SaveSettings {
@@ -88,6 +100,8 @@ pub struct SaveSettings {
     pub offset: Option<u64>,
     /// Who carries the RAM.
     pub via: Via,
+    /// How QEMU is asked for the state of the devices; of no account where QEMU carries the RAM.
+    pub device_state: DeviceStateBy,
     /// How many channels write; `None` leaves it to vmstate.
     pub channels: Option<u16>,
     /// Whether pages bypass the page cache.
@@ -121,6 +135,7 @@ impl SaveSettings {
             format: None,
             offset: None,
             via: Via::Auto,
+            device_state: DeviceStateBy::Auto,
             channels: None,
             direct_io: DirectIo::Auto,
             rate_max: None,
@@ -208,7 +223,7 @@ struct Carried {
 /// On success the image stands under its name, durable unless `sync` is off. On failure, and when `cancel`
 /// is triggered, nothing stands there that did not before, the guest is in the state it was in, and QEMU
 /// has its own settings back. The one exception is a guest that was found paused and that QEMU itself has saved
-/// ([`Via::Qemu`]): when a step behind that one fails, it is still paused, but QEMU calls that `postmigrate`.
+/// ([`Via::Qemu`], [`DeviceStateBy::Migration`]): when a step behind that one fails, it is still paused, but QEMU calls that `postmigrate`.
 ///
 /// Once the image stands, `cancel` has no say any more. What goes wrong then is told by an error that begins with
 /// "the image is saved".

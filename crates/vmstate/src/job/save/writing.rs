@@ -9,7 +9,7 @@ use super::{SaveFormat, SaveSettings};
 use crate::job::{anonymous_memory_bytes, untold_pages};
 use crate::manifest::Manifest;
 use crate::qemu::Probe;
-use crate::sink::{MappedRamComposition, StreamComposition, bitmap_pieces};
+use crate::sink::{DeviceState, MappedRamComposition, StreamComposition, bitmap_pieces};
 use crate::{Error, Kind, Rate, Result};
 
 /// An image of a guest that stands still, being written.
@@ -36,7 +36,7 @@ impl<'a> Writing<'a> {
         target: &'a Target,
         cancel: &Cancel,
         probe: &Probe,
-        (devices, run_state, manifest): (Vec<u8>, &str, &Manifest),
+        (devices, run_state, manifest): (DeviceState, &str, &Manifest),
     ) -> Result<Writing<'a>> {
         match format.has_places() {
             true => {
