@@ -31,8 +31,8 @@ pub use page;
 pub use error::{Error, Kind, Result};
 pub use io::{Cancel, Owner};
 pub use job::{
-    CompareSettings, Compared, Comparison, ConvertReport, ConvertSettings, DirectIo, Estimate, FaultReport,
-    Mode, Observer, Pace, Phases, Progress, ProgressReading, Record, Rehearsal, RestoreReport,
+    CompareSettings, Compared, Comparison, ConvertReport, ConvertSettings, DeviceStateBy, DirectIo, Estimate,
+    FaultReport, Mode, Observer, Pace, Phases, Progress, ProgressReading, Record, Rehearsal, RestoreReport,
     RestoreSettings, ResumeReport, ResumeSettings, SaveFormat, SaveReport, SaveSettings, Target, Then,
     Unobserved, Via, check, check_at, compare, compare_files, convert, info, info_at, rehearse, restore,
     resume, save,

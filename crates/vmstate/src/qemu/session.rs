@@ -29,6 +29,13 @@ const FINALIZED_INTERVAL: Duration = Duration::from_millis(1);
 
 /// The capability that makes QEMU send `MIGRATION` events; the only one that may stay on for a probe.
 const EVENTS: &str = "events";
+/// What QEMU says to a migration while it is not done with one that has failed: it calls that failed before it lets go
+/// of it (migration/migration.c:migrate_prepare and util/yank.c:yank_register_instance, QEMU 10.0; `failing` of newer
+/// ones is the time between).
+const STILL_CLEANING: [&str; 2] = ["There's a migration process in progress", "duplicate yank instance"];
+/// How long that may take, and how often it is asked.
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(5);
+const CLEANUP_INTERVAL: Duration = Duration::from_millis(10);
 /// How often a claim is tried while other savers come and go in between.
 const CLAIMS_MAX: usize = 8;
 /// What the mark of a descriptor begins with; the number of the process, of its session, and the host follow.
@@ -370,7 +377,19 @@ impl Session {
     pub fn migrate(&mut self, uri: &str) -> Result<()> {
         // Cancelled even if the answer never comes, but not if QEMU refuses: another's may be under way.
         self.migrating = true;
-        let started = self.client.migrate(uri);
+        let deadline = Instant::now() + CLEANUP_TIMEOUT;
+        let started = loop {
+            let started = self.client.migrate(uri);
+            let is_early = started
+                .as_ref()
+                .is_err_and(|error| STILL_CLEANING.iter().any(|words| error.to_string().ends_with(words)));
+            // Of a migration that is another's, QEMU says that it is under way.
+            if !is_early || Instant::now() >= deadline || self.client.migration()?.is_under_way() {
+                break started;
+            }
+            // Nothing tells when it is done, so it is asked again.
+            self.client.next_event(Some(Instant::now() + CLEANUP_INTERVAL))?;
+        };
         if started.as_ref().is_err_and(|error| error.kind() == Kind::Peer) {
             self.migrating = false;
         }
