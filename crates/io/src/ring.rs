@@ -60,6 +60,10 @@ impl<T> Ring<T> {
             }
             other => other?,
         };
+        // The reads and writes used here came with Linux 5.6, and so did this.
+        if !uring.params().is_feature_rw_cur_pos() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "it is older than Linux 5.6"));
+        }
         let owners = (0..operations).map(|_| None).collect();
         Ok(Ring { uring, owners, free: (0..operations).rev().collect() })
     }

@@ -29,6 +29,7 @@ pub(super) struct Flight {
     direction: Direction,
     /// What is left to be moved.
     span: Span,
+    /// When it set out. How long it was under way is known when the lane looks, which may be later.
     since: Instant,
 }
 
@@ -68,10 +69,8 @@ impl<'a> Flights<'a> {
         Ok(self.spare.is_some() && self.waiting.is_empty())
     }
 
-    /// Sets a piece on its way: read by the ring where it is part of a file, or had from the supply and written.
-    ///
-    /// # Panics
-    /// When there is no room.
+    /// Sets a piece on its way when there is room: read by the ring where it is part of a file, or had from the
+    /// supply and written.
     pub(super) fn begin(&mut self, piece: Piece) -> Result<(), LaneError> {
         self.lane.check_cancel()?;
         while !self.has_room()? {
@@ -118,13 +117,13 @@ impl<'a> Flights<'a> {
             }
             let Some(ring) = &mut self.ring else { return Ok(()) };
             ring.submit().map_err(|source| LaneError::start(self.lane.number, source))?;
-            let mut is_done = true;
+            let mut is_quiet = true;
             while let Some((flight, moved)) = self.ring.as_mut().and_then(Ring::done) {
                 self.pool.learn(flight.since.elapsed());
                 self.arrive(flight, moved)?;
-                is_done = false;
+                is_quiet = false;
             }
-            if is_done {
+            if is_quiet {
                 return Ok(());
             }
         }
