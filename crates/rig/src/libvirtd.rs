@@ -1,6 +1,7 @@
 //! A real libvirtd with directories of its own, and domains of the built-in guest in it.
 
 use std::ffi::{OsStr, OsString};
+use std::io::Write;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,8 @@ pub struct Libvirtd {
     /// Ends libvirtd by being closed; a process that is killed closes it, too.
     keeping: Option<ChildStdin>,
     keeper: Child,
+    /// Where it says that it is ready.
+    ready: UnixDatagram,
 }
 
 impl Libvirtd {
@@ -61,15 +64,29 @@ impl Libvirtd {
             .stderr(Stdio::null())
             .spawn()
             .unwrap_or_else(|error| panic!("{keeper}: {error}"));
-        let libvirtd = Libvirtd { keeping: keeper.stdin.take(), keeper, root };
+        let libvirtd = Libvirtd { keeping: keeper.stdin.take(), keeper, root, ready };
+        libvirtd.await_ready();
+        libvirtd
+    }
+
+    fn await_ready(&self) {
         let mut word = [0; 64];
-        match ready.recv(&mut word) {
-            Ok(len) if word[..len].starts_with(b"READY=1") => libvirtd,
-            other => panic!(
-                "libvirtd is not ready ({other:?}); `make setup` installs it, as root: {}",
-                libvirtd.log()
-            ),
+        match self.ready.recv(&mut word) {
+            Ok(len) if word[..len].starts_with(b"READY=1") => {}
+            other => {
+                panic!("libvirtd is not ready ({other:?}); `make setup` installs it, as root: {}", self.log())
+            }
         }
+    }
+
+    /// Kills it, as a crash would, starts another one in its place, and waits until that is ready.
+    ///
+    /// # Panics
+    /// When it cannot be started again.
+    pub fn restart(&self) {
+        let mut keeping = self.keeping.as_ref().expect("it is kept");
+        keeping.write_all(b"!").expect("its keeper listens");
+        self.await_ready();
     }
 
     /// The address for `virsh --connect`.

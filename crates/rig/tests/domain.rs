@@ -122,10 +122,7 @@ fn a_domain_is_found_by_name_number_and_uuid() {
         assert_eq!(connection.find(&DomainName(name.to_owned())).unwrap().name, "found", "{name}");
     }
     let lost = connection.find(&DomainName("lost".into())).unwrap_err();
-    assert_eq!(
-        lost.to_string(),
-        "libvirt refused: Domain not found: no domain with matching name 'lost'"
-    );
+    assert_eq!(lost.to_string(), "libvirt refused: Domain not found: no domain with matching name 'lost'");
     libvirtd.virsh(&[&"destroy", &"found"]);
     let off = connection.find(&DomainName("found".into())).unwrap_err();
     assert_eq!((off.kind(), off.to_string().as_str()), (Kind::Misuse, "domain `found` does not run"));
@@ -148,11 +145,14 @@ fn libvirt_restores_a_domain_for_us_in_the_state_that_is_asked_for() {
         channels,
         reset_nvram: false,
     };
-    for (record, channels, state) in
-        [(Record::AsItWas, None, "running"), (Record::Paused, Some(2), "paused"), (Record::Running, Some(1), "running")]
-    {
+    for (record, channels, state) in [
+        (Record::AsItWas, None, "running"),
+        (Record::Paused, Some(2), "paused"),
+        (Record::Running, Some(1), "running"),
+    ] {
         let report =
-            vmstate::restore_domain(&restore(record, channels), &Cancel::new().unwrap(), &Unobserved).unwrap();
+            vmstate::restore_domain(&restore(record, channels), &Cancel::new().unwrap(), &Unobserved)
+                .unwrap();
         assert_eq!(report.domain, "back");
         assert_eq!(domain.state(), state);
         if state == "running" {
@@ -210,7 +210,12 @@ fn a_save_that_is_cancelled_leaves_the_domain_running_and_libvirt_saves_it_after
         let image = domain.dir().join("theirs");
         match bypass {
             true => drop(libvirtd.virsh(&[
-                &"save", &"cancelled", &image, &"--image-format", &format, &"--bypass-cache",
+                &"save",
+                &"cancelled",
+                &image,
+                &"--image-format",
+                &format,
+                &"--bypass-cache",
             ])),
             false => domain.save(&image, format),
         }

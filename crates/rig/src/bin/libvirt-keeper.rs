@@ -19,6 +19,8 @@ for place in etc:/etc/libvirt run:/run/libvirt lib:/var/lib/libvirt cache:/var/c
     mkdir -p "$1/${place%%:*}" "${place#*:}"
     mount --bind "$1/${place%%:*}" "${place#*:}"
 done
+# It looks for these mounts when it starts. Whether there are huge pages is for the tests that want them to say.
+mkdir -p "$1/huge" && mount -t hugetlbfs -o pagesize=2M none "$1/huge" || true
 PATH=$PATH:/usr/sbin exec libvirtd -p "$1/libvirtd.pid"
 "#;
 
@@ -34,14 +36,7 @@ fn main() -> ExitCode {
 
 fn keep(root: &Path) -> std::io::Result<()> {
     set_child_subreaper(Some(getpid()))?;
-    let log = std::fs::File::create(root.join("libvirtd.out"))?;
-    Command::new("unshare")
-        .args(["--mount", "--propagation", "private", "sh", "-ec", START, "sh"])
-        .arg(root)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()?;
+    start(root)?;
     let (reaped, on_reaped) = channel();
     std::thread::spawn(move || {
         loop {
@@ -52,8 +47,14 @@ fn keep(root: &Path) -> std::io::Result<()> {
             }
         }
     });
-    let mut rest = Vec::new();
-    std::io::stdin().read_to_end(&mut rest)?;
+    let mut byte = [0];
+    while std::io::stdin().read(&mut byte)? > 0 {
+        // Killed as by a crash: its QEMUs live on, and the next one finds them.
+        let pid = std::fs::read_to_string(root.join("libvirtd.pid"))?;
+        let pid = pid.trim().parse().ok().and_then(Pid::from_raw).ok_or(std::io::ErrorKind::InvalidData)?;
+        kill_process(pid, Signal::KILL)?;
+        start(root)?;
+    }
     // A child that ends leaves us its own. The channel closes when there are none.
     let mut killed = HashSet::new();
     loop {
@@ -66,6 +67,19 @@ fn keep(root: &Path) -> std::io::Result<()> {
             return Ok(());
         }
     }
+}
+
+/// Starts libvirtd.
+fn start(root: &Path) -> std::io::Result<()> {
+    let log = std::fs::File::options().create(true).append(true).open(root.join("libvirtd.out"))?;
+    Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-ec", START, "sh"])
+        .arg(root)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .map(drop)
 }
 
 /// The processes whose parent this one is.
