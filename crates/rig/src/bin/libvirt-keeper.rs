@@ -20,7 +20,7 @@ for place in etc:/etc/libvirt run:/run/libvirt lib:/var/lib/libvirt cache:/var/c
     mount --bind "$1/${place%%:*}" "${place#*:}"
 done
 # It looks for these mounts when it starts. Whether there are huge pages is for the tests that want them to say.
-mkdir -p "$1/huge" && mount -t hugetlbfs -o pagesize=2M none "$1/huge" || true
+mkdir -p "$1/hugetlbfs" && mount -t hugetlbfs -o pagesize=2M none "$1/hugetlbfs" || true
 PATH=$PATH:/usr/sbin exec libvirtd -p "$1/libvirtd.pid"
 "#;
 
