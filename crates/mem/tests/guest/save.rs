@@ -53,7 +53,7 @@ pub fn fill(process: &mut Process, memory: Memory, fills: &[(u64, u64, u8)]) {
     }
 }
 
-/// The pages that must count as data, and those that may: gaps shorter than 64 KiB within a window.
+/// The pages that must count as data, and those that may: gaps shorter than 96 KiB within a window.
 fn must_and_may(bytes: &[u8]) -> (PageSet, PageSet) {
     let pages = (bytes.len() as u64).div_ceil(PAGE);
     let mut must = PageSet::new(PageCount(pages));
@@ -66,7 +66,7 @@ fn must_and_may(bytes: &[u8]) -> (PageSet, PageSet) {
     let runs: Vec<PageRange> = must.runs().collect();
     for pair in runs.windows(2) {
         let (gap_start, gap_end) = (pair[0].end.0, pair[1].start.0);
-        if gap_end - gap_start < 16 && (gap_start - 1) / 256 == gap_end / 256 {
+        if gap_end - gap_start < 24 && (gap_start - 1) / 256 == gap_end / 256 {
             may.insert(PageRange::new(gap_start, gap_end));
         }
     }
@@ -84,7 +84,7 @@ pub fn fills(length: u64) -> Vec<(u64, u64, u8)> {
     // Present pages of zeros: alone, and amid data where they are bridged.
     fills.extend([(600 * PAGE, 640 * PAGE, 0), (2100 * PAGE, 2110 * PAGE, 0), (3000 * PAGE, 3100 * PAGE, 0)]);
     // Crumbs with holes between them: near enough to be joined, and not.
-    for page in [700, 703, 710, 725, 742, 750] {
+    for page in [700, 703, 710, 725, 742, 767] {
         fills.push((page * PAGE + 4095, page * PAGE + 4096, 0x55));
     }
     fills.push((length - 1, length, 0x77));
