@@ -165,6 +165,10 @@ pub struct Restore {
     #[arg(long, value_enum, default_value_t = ModeArg::Auto)]
     pub mode: ModeArg,
 
+    /// Give the guest behind --qmp the rest of its memory, whose restore with --mode lazy broke off or was killed
+    #[arg(long, conflicts_with_all = ["mode", "via", "running", "paused", "channels", "max_bandwidth", "qemu"])]
+    pub resume: bool,
+
     /// Who carries the RAM: vmstate into shared memory, QEMU's own mapped-ram, or a stream from vmstate
     #[arg(long, value_enum, default_value_t = RestoreViaArg::Auto)]
     pub via: RestoreViaArg,

@@ -64,7 +64,7 @@ fn a_guest_runs_before_its_memory_has_come_and_is_whole_when_it_has() {
                 .unwrap_or_else(|error| panic!("{name}: {}; {}", error.chain(), target.stderr()));
             assert_eq!(report.run_state, "running", "{name}");
             let faults = report.faults.unwrap();
-            assert!(faults.served > 0, "{name}: {faults:?}");
+            assert!(faults.served > 0 && faults.preempt, "{name}: {faults:?}");
             assert!(Some(report.first_instruction) < report.resident, "{name}: {report:?}");
             // The guest verifies every page in each round, and halts at the first that is not right.
             target.wait_for_round(saved.round + 2, DEADLINE).expect(&name);

@@ -38,4 +38,5 @@ pub use job::{
     resume, save,
 };
 pub use job::{DomainRestoreReport, DomainRestoreSettings, managed_image, restore_domain};
+pub use job::{TakeUpReport, TakeUpSettings, take_up};
 pub use rate::Rate;

@@ -2,7 +2,8 @@
 
 use serde_json::{Map, json};
 use vmstate::{
-    DirectIo, DomainRestoreSettings, Error, Kind, Mode, RestoreReport, RestoreSettings, Target, Via,
+    DirectIo, DomainRestoreSettings, Error, FaultReport, Kind, Mode, RestoreReport, RestoreSettings,
+    TakeUpSettings, Target, Via,
 };
 
 use super::Outcome;
@@ -54,6 +55,9 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
     if args.domain {
         return by_libvirt(args);
     }
+    if args.resume {
+        return take_up(args);
+    }
     let target = match (args.qmp, args.qemu.is_empty()) {
         (Some(address), true) => Target::Waiting(address),
         (None, false) => {
@@ -99,6 +103,9 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
     let told = Told::start(Reporter { verbose: args.report.verbose }, args.progress.progress)?;
     let mut report = vmstate::restore(&settings, &cancel, &told)?;
     drop(told);
+    if let (true, Some(faults)) = (args.report.verbose, &report.faults) {
+        say_faults(faults);
+    }
     if args.report.verbose {
         for (name, took) in &report.phases.0 {
             say(format!("  {name:<13} {:>9}", time(*took)));
@@ -157,13 +164,67 @@ fn as_json(report: &RestoreReport) -> serde_json::Value {
         "guest_ready_ms": report.guest_ready.map(ms),
         "resident_ms": report.resident.map(ms),
         "read_bytes": report.read_bytes,
-        "faults": report.faults.map(|faults| json!({
-            "requests": faults.requests,
-            "served": faults.served,
-            "median_us": faults.median.as_micros() as u64,
-            "p99_us": faults.p99.as_micros() as u64,
-            "preempt": faults.preempt,
-        })),
+        "faults": report.faults.map(faults_as_json),
         "phases": phases,
     })
+}
+
+fn faults_as_json(faults: FaultReport) -> serde_json::Value {
+    json!({
+        "requests": faults.requests,
+        "served": faults.served,
+        "median_us": faults.median.as_micros() as u64,
+        "p99_us": faults.p99.as_micros() as u64,
+        "preempt": faults.preempt,
+    })
+}
+
+/// What `-v` says of a guest's own requests.
+fn say_faults(faults: &FaultReport) {
+    say(format!(
+        "  {} requests for pages, {} of them served in {} (half) and {} (99 of 100), {}",
+        faults.requests,
+        faults.served,
+        time(faults.median),
+        time(faults.p99),
+        if faults.preempt {
+            "on a connection of their own"
+        } else {
+            "on the connection that all pages share"
+        },
+    ));
+}
+
+/// Takes a lazy restore up again.
+fn take_up(args: Restore) -> vmstate::Result<Outcome> {
+    let qmp = args.qmp.ok_or_else(|| {
+        Error::new(Kind::Misuse, "--resume without --qmp").hint("give the monitor of the QEMU that waits")
+    })?;
+    let settings = TakeUpSettings { image: args.image, offset: args.offset, qmp, force: args.force };
+    let cancel = cancel_on_signals()?;
+    let told = Told::start(Reporter { verbose: args.report.verbose }, args.progress.progress)?;
+    let report = vmstate::take_up(&settings, &cancel, &told)?;
+    drop(told);
+    if args.report.verbose {
+        say_faults(&report.faults);
+    }
+    if args.report.json {
+        print_json(&json!({
+            "run_state": report.run_state,
+            "arrived_bytes": report.arrived_bytes,
+            "read_bytes": report.read_bytes,
+            "resident_ms": ms(report.resident),
+            "faults": faults_as_json(report.faults),
+        }));
+    } else {
+        line(format!(
+            "gave the guest the rest of its memory from {}: {} after {}, {} of data beside {} that it had",
+            settings.image.display(),
+            report.run_state,
+            time(report.resident),
+            size(report.read_bytes),
+            size(report.arrived_bytes),
+        ));
+    }
+    Ok(Outcome::Done)
 }

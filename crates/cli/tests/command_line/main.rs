@@ -12,6 +12,7 @@ mod devices;
 mod footprint;
 mod held;
 mod killed;
+mod lazy;
 mod map;
 mod monitors;
 mod progress;

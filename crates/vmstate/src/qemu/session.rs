@@ -626,6 +626,16 @@ impl Session {
         self.held.push(socket);
     }
 
+    /// QEMU has taken a named descriptor for itself.
+    pub(crate) fn has_taken(&mut self, name: &str) {
+        self.named_fds.retain(|known| known != name);
+    }
+
+    /// Puts nothing back, neither now nor later: another session will.
+    pub(crate) fn leave_as_it_is(&mut self) {
+        self.settled = true;
+    }
+
     /// Ends the session without putting anything back: for a QEMU that is about to be ended itself.
     pub fn abandon(mut self) {
         self.settled = true;

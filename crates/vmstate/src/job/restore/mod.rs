@@ -21,7 +21,7 @@ use wire::qemu::format::MAPPED_RAM;
 
 pub use self::domain::{DomainRestoreReport, DomainRestoreSettings, restore_domain};
 use self::fill::Filling;
-pub use self::lazy::FaultReport;
+pub use self::lazy::{FaultReport, TakeUpReport, TakeUpSettings, take_up};
 use self::map::Share;
 pub use self::mode::Mode;
 use self::mode::Plan;
@@ -234,7 +234,8 @@ pub fn restore(
                 if let Err(worse) = session.settle() {
                     observer.warn(&format!("cleaning up failed as well: {}", worse.chain()));
                 }
-                let pid = qemu_pid.filter(|_| let_go);
+                // A lazy restore says itself what is to be done.
+                let pid = qemu_pid.filter(|_| let_go && error.hint_text() != Some(lazy::TAKE_UP_HINT));
                 return Err(match pid {
                     Some(pid) => {
                         error.hint(format!("the guest may run: QEMU, process {pid}, was left alone"))
@@ -353,7 +354,8 @@ fn load(
     if plan.mode == Mode::Lazy {
         let Image::MappedRam(image) = image else { return Err(mode::refuse_stream()) };
         let run = wants_to_run(settings, image.run_state()?, wants_pause);
-        return lazy::load(image, session, pid, run, watch, cancel, let_go);
+        let limit = settings.rate_max.map(Rate::limit);
+        return lazy::load(image, session, pid, run, limit.as_deref(), watch, cancel, let_go);
     }
     let mapped = plan.settle(image, session, pid, watch.observer)?;
     let (way, reason) = match (image, mapped) {

@@ -84,7 +84,6 @@ impl Ledger {
     }
 
     /// The target has these target pages of a block already, whoever sent them.
-    #[cfg(test)]
     pub(super) fn has_arrived(&mut self, block: usize, pages: &PageSet) {
         let account = &mut self.accounts[block];
         let ratio = account.host_page / account.target_page;

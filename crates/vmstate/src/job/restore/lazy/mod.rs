@@ -6,32 +6,46 @@
 mod fit;
 mod latency;
 mod ledger;
+mod recover;
+mod rendezvous;
 mod server;
+mod token;
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use io::Cancel;
+use io::{Cancel, RateLimit};
 use serde_json::json;
-use wire::postcopy::{Opening, Requests};
+use wire::postcopy::{Opening, RequestedBlock, Requests};
 use wire::qemu::format::QEMU_VM_EOF;
 use wire::qemu::{DiscardRange, PostcopyAdvise, Preamble, RamSetup};
 
 use self::fit::{Fit, fit, tells_page_size};
+pub use self::recover::{TakeUpReport, TakeUpSettings, take_up};
+use self::rendezvous::Rendezvous;
 use self::server::{Served, Server, Signs};
+use self::token::Token;
 use super::feed::{EXIT_ON_ERROR_SINCE, plain};
 use super::{Loaded, Mode, RUN_TIMEOUT, Via, load_failed};
 use crate::job::{Observer, Stopwatch};
-use crate::qemu::Session;
+use crate::qemu::{self, Session};
 use crate::source::MappedRamFile;
 use crate::{Error, Kind, Result};
+
+/// What mends a restore that broke off.
+pub(super) const TAKE_UP_HINT: &str =
+    "the guest waits for the rest of its memory: vmstate restore --resume IMAGE --qmp ADDR gives it that";
 
 /// The name under which QEMU receives the socket.
 const CHANNEL: &str = "vmstate-lazy";
 /// The capabilities.
 const POSTCOPY_RAM: &str = "postcopy-ram";
+const POSTCOPY_PREEMPT: &str = "postcopy-preempt";
+/// The first QEMU whose preempt channel is taken. That of 7.1 and 7.2 has to be ended by a mark, after which nobody
+/// answers a target that still asks for a page of zeroes.
+const PREEMPT_SINCE: u32 = 8;
 
 /// How long a guest waited for pages that it asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,16 +62,31 @@ pub struct FaultReport {
     pub preempt: bool,
 }
 
+impl FaultReport {
+    fn of(served: &Served, preempt: bool) -> FaultReport {
+        let quantile = |share| served.latencies.quantile(share).unwrap_or_default();
+        FaultReport {
+            requests: served.requests,
+            served: served.latencies.count(),
+            median: quantile(0.5),
+            p99: quantile(0.99),
+            preempt,
+        }
+    }
+}
+
 /// Brings the guest of `image` up in a QEMU that waits, and returns when all of its memory is there. `let_go` is set
 /// as soon as the guest may run.
 ///
 /// # Errors
 /// As [`restore`](super::restore).
+#[allow(clippy::too_many_arguments, reason = "one call, of what its caller already has apart")]
 pub(super) fn load(
     image: &MappedRamFile,
     session: &mut Session,
     pid: Option<u32>,
     run: bool,
+    limit: Option<&RateLimit>,
     watch: &mut Stopwatch<'_>,
     cancel: &Cancel,
     let_go: &mut bool,
@@ -65,28 +94,25 @@ pub(super) fn load(
     let fit = fit(image, session, pid)?;
     watch.phase("load");
     watch.progress.expect(fit.ledger.left_bytes());
-    session
-        .configure(&[POSTCOPY_RAM], &[("mode", json!("normal")), ("tls-creds", json!(""))])
-        .map_err(explain_refusal)?;
+    let token = Token::of(image, session)?;
+    let rendezvous = configure(session, pid, watch.observer)?;
+    if let Err(error) = token.leave(&mut session.client) {
+        watch
+            .observer
+            .warn(&format!("a restore that breaks off cannot be taken up again: {}", error.chain()));
+    }
     let (opening, setup) = opening(image, &fit)?;
-    let (ours, theirs) =
-        UnixStream::pair().map_err(|error| Error::io("cannot create a socket pair", error))?;
-    session.give_fd(CHANNEL, theirs.as_fd())?;
-    drop(theirs);
-
     // QEMU starts the guest, or does not, by what it was told last.
     if run {
         session.client.cont()?
     } else {
         session.client.stop()?
     }
-    let mut arguments = json!({ "uri": format!("fd:{CHANNEL}") });
-    if (session.version.major, session.version.minor) >= EXIT_ON_ERROR_SINCE {
-        arguments["exit-on-error"] = false.into();
-    }
-    session.incoming(CHANNEL, arguments)?;
+    let (main, urgent) = connect(session, rendezvous.as_ref())?;
+    let preempt = urgent.is_some();
 
-    let mut server = Server::new(image, fit.ledger, Requests::new(fit.blocks), &setup, ours, None);
+    let requests = Requests::new(fit.blocks);
+    let mut server = Server::new(image, fit.ledger, requests, &setup, main, urgent, limit);
     server.open_with(opening);
     let signs = Signs::default();
     let stop = Cancel::new().map_err(|error| Error::io("cannot create an eventfd", error))?;
@@ -118,14 +144,10 @@ pub(super) fn load(
     if end.status != "completed" {
         return Err(load_failed(&end));
     }
-    let Served { requests, latencies, read_bytes } = served;
-    let faults = FaultReport {
-        requests,
-        served: latencies.count(),
-        median: latencies.quantile(0.5).unwrap_or_default(),
-        p99: latencies.quantile(0.99).unwrap_or_default(),
-        preempt: false,
-    };
+    if let Err(error) = Token::remove(&mut session.client) {
+        watch.observer.warn(&format!("a note in QEMU was not removed: {}", error.chain()));
+    }
+    let (faults, read_bytes) = (FaultReport::of(&served, preempt), served.read_bytes);
     let running_at = running?.unwrap_or(resident_at);
     watch.progress.complete();
     Ok(Loaded {
@@ -139,6 +161,50 @@ pub(super) fn load(
         resident_at: Some(resident_at),
         faults: Some(faults),
     })
+}
+
+/// Switches on what a lazy restore needs; a place to meet in where pages that are asked for can have a connection of
+/// their own.
+fn configure(session: &mut Session, pid: Option<u32>, observer: &dyn Observer) -> Result<Option<Rendezvous>> {
+    let parameters = [("mode", json!("normal")), ("tls-creds", json!(""))];
+    let knows = session.version.major >= PREEMPT_SINCE && session.knows_capability(POSTCOPY_PREEMPT)?;
+    if knows {
+        let rendezvous = match pid {
+            Some(pid) => Rendezvous::new(pid),
+            None => qemu::find_process(session, None).and_then(|peer| Rendezvous::new(peer.pid())),
+        };
+        match rendezvous {
+            Ok(rendezvous) => {
+                let configured = session.configure(&[POSTCOPY_RAM, POSTCOPY_PREEMPT], &parameters);
+                return configured.map(|()| Some(rendezvous)).map_err(explain_refusal);
+            }
+            Err(error) => observer.note(&format!("one connection for all pages: {}", error.chain())),
+        }
+    }
+    session.configure(&[POSTCOPY_RAM], &parameters).map(|()| None).map_err(explain_refusal)
+}
+
+/// Has QEMU take its guest from us: the main channel, and the one for pages that are asked for.
+fn connect(
+    session: &mut Session,
+    rendezvous: Option<&Rendezvous>,
+) -> Result<(UnixStream, Option<UnixStream>)> {
+    let mut arguments = json!({});
+    if (session.version.major, session.version.minor) >= EXIT_ON_ERROR_SINCE {
+        arguments["exit-on-error"] = false.into();
+    }
+    if let Some(rendezvous) = rendezvous {
+        arguments["uri"] = rendezvous.uri().into();
+        session.client.execute("migrate-incoming", arguments)?;
+        // QEMU takes the first for the main channel.
+        return Ok((rendezvous.connect()?, Some(rendezvous.connect()?)));
+    }
+    let (ours, theirs) =
+        UnixStream::pair().map_err(|error| Error::io("cannot create a socket pair", error))?;
+    session.give_fd(CHANNEL, theirs.as_fd())?;
+    arguments["uri"] = format!("fd:{CHANNEL}").into();
+    session.incoming(CHANNEL, arguments)?;
+    Ok((ours, None))
 }
 
 /// Waits until the guest runs and says since when; `None` where it is to stay paused.
@@ -195,7 +261,9 @@ fn broken(error: Error, session: &mut Session, signs: &Signs, let_go: &mut bool)
     if !*let_go {
         return error;
     }
-    error.hint("the guest waits for the rest of its memory: give it that with vmstate restore --resume IMAGE --qmp ADDR")
+    // What was changed in QEMU is put back by whoever gives the guest the rest: it is in use until then.
+    session.leave_as_it_is();
+    error.hint(TAKE_UP_HINT)
 }
 
 /// What mends a QEMU that refuses postcopy.
@@ -217,19 +285,7 @@ fn explain_refusal(error: Error) -> Error {
 /// The bytes that come before the first page, and the list of blocks in them.
 fn opening(image: &MappedRamFile, fit: &Fit) -> Result<(Vec<u8>, RamSetup)> {
     let layout = image.layout();
-    let setup = RamSetup {
-        blocks: layout
-            .blocks
-            .iter()
-            .zip(&fit.blocks)
-            .map(|(block, target)| {
-                let page_size =
-                    tells_page_size(target.host_page, fit.target_page).then_some(target.host_page);
-                wire::qemu::BlockEntry { page_size, address: None, ..block.entry() }
-            })
-            .collect(),
-        multifd_flush: false,
-    };
+    let setup = ram_setup(image, &fit.blocks, fit.target_page);
     let device_state = image.read(layout.device_state)?;
     let Some(sections) = device_state.strip_suffix(&[QEMU_VM_EOF]) else {
         let clause = format!("{}: device state has no end mark", image.path().display());
@@ -257,4 +313,14 @@ fn opening(image: &MappedRamFile, fit: &Fit) -> Result<(Vec<u8>, RamSetup)> {
         None => Err(Error::new(Kind::Unsupported, "the device state is longer than 4 GiB")
             .hint("restore with --mode eager")),
     }
+}
+
+/// The list of blocks as a target with these pages has it.
+fn ram_setup(image: &MappedRamFile, targets: &[RequestedBlock], target_page: u64) -> RamSetup {
+    let entry = |(block, target): (&wire::mapped_ram::BlockPlacement, &RequestedBlock)| {
+        let page_size = tells_page_size(target.host_page, target_page).then_some(target.host_page);
+        wire::qemu::BlockEntry { page_size, address: None, ..block.entry() }
+    };
+    let blocks = image.layout().blocks.iter().zip(targets).map(entry).collect();
+    RamSetup { blocks, multifd_flush: false }
 }

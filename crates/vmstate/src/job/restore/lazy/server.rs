@@ -7,11 +7,11 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use io::{Cancel, Counters};
+use io::{Cancel, Counters, RateLimit};
 use page::{PageIndex, PageRange};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Advice, fadvise};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
@@ -135,10 +135,13 @@ pub(super) struct Server<'a> {
     served: Served,
     scratch: Vec<u8>,
     advised: Option<(usize, u64)>,
+    limit: Option<&'a RateLimit>,
+    /// When the limit lets the background go on.
+    not_before: Option<Instant>,
 }
 
 impl<'a> Server<'a> {
-    /// A server of the pages that `ledger` has left. `received` is what was already read of the return path.
+    /// A server of the pages that `ledger` has left. The limit is the background's: who waits for a page gets it.
     pub(super) fn new(
         image: &'a MappedRamFile,
         ledger: Ledger,
@@ -146,6 +149,7 @@ impl<'a> Server<'a> {
         setup: &RamSetup,
         main: UnixStream,
         urgent: Option<UnixStream>,
+        limit: Option<&'a RateLimit>,
     ) -> Server<'a> {
         Server {
             image,
@@ -161,12 +165,19 @@ impl<'a> Server<'a> {
             served: Served { requests: 0, latencies: Latencies::new(), read_bytes: 0 },
             scratch: Vec::new(),
             advised: None,
+            limit,
+            not_before: None,
         }
     }
 
     /// Puts bytes in front of everything else on the main channel.
     pub(super) fn open_with(&mut self, bytes: Vec<u8>) {
         self.main.out = bytes;
+    }
+
+    /// What was read of the return path before the server began.
+    pub(super) fn has_received(&mut self, bytes: Vec<u8>, at: u64) {
+        (self.inbox, self.inbox_at) = (bytes, at);
     }
 
     /// Serves until the target has all that the image has. `stop` ends it early; nobody throws it once the guest
@@ -202,14 +213,17 @@ impl<'a> Server<'a> {
     fn wait(&self, stop: &Cancel) -> Result<()> {
         let when = |wanted: bool, flag: PollFlags| if wanted { flag } else { PollFlags::empty() };
         // Where the main channel has nothing queued, the background has more for it until the end was sent.
-        let has_more = self.stage == Stage::Filling && self.waiting.is_empty();
+        let pause = self.not_before.map(|at| at.saturating_duration_since(Instant::now()));
+        let pause = pause.filter(|pause| !pause.is_zero());
+        let has_more = self.stage == Stage::Filling && self.waiting.is_empty() && pause.is_none();
         let main = when(self.waiting.len() < REQUESTS_MAX, PollFlags::IN)
             | when(self.main.pending() > 0 || has_more, PollFlags::OUT);
         let mut fds = vec![PollFd::new(stop, PollFlags::IN), PollFd::new(&self.main.socket, main)];
         if let Some(urgent) = self.urgent.as_ref().filter(|urgent| urgent.pending() > 0) {
             fds.push(PollFd::from_borrowed_fd(urgent.socket.as_fd(), PollFlags::OUT));
         }
-        match poll(&mut fds, None) {
+        let timeout = pause.filter(|_| self.stage == Stage::Filling).map(timespec);
+        match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(Error::io("cannot wait for QEMU", error)),
         }
@@ -305,11 +319,19 @@ impl<'a> Server<'a> {
         if self.stage != Stage::Filling || self.main.pending() > 0 || !self.waiting.is_empty() {
             return Ok(());
         }
+        if self.not_before.is_some_and(|at| at > Instant::now()) {
+            return Ok(());
+        }
         let chunk = if self.urgent.is_some() { CHUNK_ALONE } else { CHUNK_SHARED };
         match self.ledger.next(chunk) {
             Some((block, run)) => {
                 self.read_ahead(block, run);
+                let had = self.served.read_bytes;
                 self.queue(block, run, None)?;
+                if let Some(limit) = self.limit {
+                    let now = Instant::now();
+                    self.not_before = Some(now + limit.reserve(self.served.read_bytes - had, now));
+                }
                 counters.bytes_written.store(self.served.read_bytes, Ordering::Relaxed);
             }
             None => self.end(),
@@ -416,6 +438,11 @@ impl<'a> Server<'a> {
     }
 }
 
-fn lies(fault: wire::Fault) -> Error {
+fn timespec(duration: Duration) -> Timespec {
+    // A limit waits for a year at the most.
+    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: i64::from(duration.subsec_nanos()) }
+}
+
+pub(super) fn lies(fault: wire::Fault) -> Error {
     Error::new(Kind::Peer, format!("QEMU sent what is no return path: {fault}"))
 }
