@@ -182,11 +182,11 @@ fn faults_as_json(faults: FaultReport) -> serde_json::Value {
 /// What `-v` says of a guest's own requests.
 fn say_faults(faults: &FaultReport) {
     say(format!(
-        "  {} requests for pages, {} of them served in {} (half) and {} (99 of 100), {}",
+        "  {} requests for pages, {} of them served: half within {} µs, 99 of 100 within {} µs, {}",
         faults.requests,
         faults.served,
-        time(faults.median),
-        time(faults.p99),
+        faults.median.as_micros(),
+        faults.p99.as_micros(),
         if faults.preempt {
             "on a connection of their own"
         } else {

@@ -31,6 +31,7 @@ use super::feed::{EXIT_ON_ERROR_SINCE, plain};
 use super::{Loaded, Mode, RUN_TIMEOUT, Via, load_failed};
 use crate::job::{Observer, Stopwatch};
 use crate::qemu::{self, Session};
+use crate::qmp::CLOSED_HINT;
 use crate::source::MappedRamFile;
 use crate::{Error, Kind, Result};
 
@@ -38,6 +39,8 @@ use crate::{Error, Kind, Result};
 pub(super) const TAKE_UP_HINT: &str =
     "the guest waits for the rest of its memory: vmstate restore --resume IMAGE --qmp ADDR gives it that";
 
+/// How long a QEMU that has lost its source may take to say that it is there.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// The name under which QEMU receives the socket.
 const CHANNEL: &str = "vmstate-lazy";
 /// The capabilities.
@@ -136,9 +139,9 @@ pub(super) fn load(
     let served = match (served, running.as_ref()) {
         (Ok(served), Ok(_)) => served,
         // What the server says is the cause; that QEMU went away, its echo.
-        (Err(error), _) if error.kind() != Kind::Peer => return Err(broken(error, session, &signs, let_go)),
-        (_, Err(_)) => return Err(broken(running.unwrap_err(), session, &signs, let_go)),
-        (Err(error), _) => return Err(broken(error, session, &signs, let_go)),
+        (Err(error), _) if error.kind() != Kind::Peer => return Err(broken(error, session, let_go)),
+        (_, Err(_)) => return Err(broken(running.unwrap_err(), session, let_go)),
+        (Err(error), _) => return Err(broken(error, session, let_go)),
     };
     let end = session.incoming_end()?;
     if end.status != "completed" {
@@ -148,7 +151,7 @@ pub(super) fn load(
         watch.observer.warn(&format!("a note in QEMU was not removed: {}", error.chain()));
     }
     let (faults, read_bytes) = (FaultReport::of(&served, preempt), served.read_bytes);
-    let running_at = running?.unwrap_or(resident_at);
+    let running_at = running?.or(signs.loaded_at.get().copied()).unwrap_or(resident_at);
     watch.progress.complete();
     Ok(Loaded {
         mode: Mode::Lazy,
@@ -252,11 +255,13 @@ fn wait_until_running(
 }
 
 /// The error that a lazy restore broke off with: what became of the guest, and what mends it.
-fn broken(error: Error, session: &mut Session, signs: &Signs, let_go: &mut bool) -> Error {
-    if *let_go && !signs.has_loaded.load(Ordering::Acquire) {
-        // QEMU ends where its source goes away before it has loaded the devices; whether it has, only it can tell.
-        session.client.ignore_cancel(RUN_TIMEOUT);
-        *let_go = session.client.status().is_ok();
+fn broken(error: Error, session: &mut Session, let_go: &mut bool) -> Error {
+    if *let_go {
+        // QEMU ends where its source goes away before it has loaded the devices, and may have ended by itself. One whose
+        // main loop waits for a page does not answer: its guest runs.
+        session.client.ignore_cancel(ANSWER_TIMEOUT);
+        let is_gone = |error: &Error| error.hint_text() == Some(CLOSED_HINT);
+        *let_go = !session.client.status().as_ref().is_err_and(is_gone);
     }
     if !*let_go {
         return error;

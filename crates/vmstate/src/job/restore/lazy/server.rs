@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -44,8 +45,8 @@ const AHEAD_STEP: u64 = 4 << 20;
 pub(super) struct Signs {
     /// All of the opening is on its way: from here on the guest may run at any moment.
     pub may_run: AtomicBool,
-    /// QEMU has loaded the devices; RUN is what it reads next.
-    pub has_loaded: AtomicBool,
+    /// When QEMU had loaded the devices: RUN is what it reads next.
+    pub loaded_at: OnceLock<Instant>,
 }
 
 /// What a server did that came to its end.
@@ -268,7 +269,7 @@ impl<'a> Server<'a> {
                     self.served.requests += 1;
                     self.waiting.push_back((wanted, now));
                 }
-                Message::Pong(PING_PACKAGED) => signs.has_loaded.store(true, Ordering::Release),
+                Message::Pong(PING_PACKAGED) => drop(signs.loaded_at.set(now)),
                 Message::Pong(_) | Message::SwitchoverAck => {}
                 Message::Shut(0) if self.stage == Stage::Ending => {
                     self.stage = Stage::Done;
