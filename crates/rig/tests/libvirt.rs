@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use lab::{Guest, RamLayout};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use vmstate::net::QmpAddress;
-use vmstate::{Cancel, RestoreSettings, SaveSettings, Target, Unobserved};
+use vmstate::source::Format;
+use vmstate::{Cancel, ConvertSettings, RestoreSettings, SaveSettings, Target, Unobserved};
 use vmstate_rig::{DomainSpec, Libvirtd, verify_image};
 
 const KEEPER: &str = env!("CARGO_BIN_EXE_libvirt-keeper");
@@ -36,6 +37,31 @@ fn what_virsh_saves_goes_on_in_a_qemu_without_libvirt() {
         assert!(domain.serial.latest_round().unwrap() >= saved + 2, "{format}");
         qemu.verify(&domain.spec().guest, &domain.spec().layout());
     }
+}
+
+#[test]
+fn what_vmstate_converts_virsh_restores_in_every_format() {
+    let libvirtd = Libvirtd::start(KEEPER);
+    let mut domain = DomainSpec::new("converted", 96 * MIB).start(&libvirtd);
+    domain.wait_for_rounds(2);
+    let (saved, converted) = (domain.dir().join("saved"), domain.dir().join("converted"));
+    // Each is made of what libvirt saved as the one before it.
+    let formats = ["raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse"];
+    for (i, format) in formats.into_iter().enumerate() {
+        domain.save(&saved, formats[(i + formats.len() - 1) % formats.len()]);
+        let round = domain.serial.latest_round().unwrap();
+        let target = Format::LIBVIRT[i];
+        assert_eq!(target.name(), format!("libvirt-{format}"));
+        let settings =
+            ConvertSettings { overwrite: true, ..ConvertSettings::new(&saved, &converted, target) };
+        vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved)
+            .unwrap_or_else(|error| panic!("{format}: {}", error.chain()));
+        libvirtd.virsh(&[&"restore", &converted]);
+        assert_eq!(domain.state(), "running", "{format}");
+        assert!(domain.wait_for_rounds(2) >= round + 2, "{format}");
+    }
+    domain.save(&saved, "sparse");
+    verify_image(&domain.spec().guest, &domain.spec().layout(), &saved);
 }
 
 /// A QEMU that vmstate started for an image. It is killed when this is dropped.

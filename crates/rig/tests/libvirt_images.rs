@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use lab::{Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
 use vmstate::net::QmpAddress;
-use vmstate::source::MappedRamFile;
+use vmstate::source::{Format, MappedRamFile, Payload, open_image};
 use vmstate::{
-    Cancel, Kind, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Unobserved, Via,
+    Cancel, ConvertReport, ConvertSettings, Kind, Record, RestoreReport, RestoreSettings, Result,
+    SaveSettings, Target, Unobserved, Via,
 };
 use vmstate_rig::{client, unpack_golden};
 
@@ -70,7 +71,12 @@ fn memory(qemu: &Qemu) -> Vec<u8> {
     let image = qemu.dir().join("memory.img");
     let settings = SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), &image);
     vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap();
-    let image = MappedRamFile::open(&image).unwrap();
+    memory_of(&image)
+}
+
+/// The memory of a guest in an image whose pages have places.
+fn memory_of(image: &Path) -> Vec<u8> {
+    let image = MappedRamFile::open(image).unwrap();
     let block = image.layout().blocks.iter().find(|block| block.name == "pc.ram").unwrap();
     let mut bytes = vec![0; RAM_LEN];
     image.read_ram(block, &image.pages(block).unwrap(), 0, &mut bytes).unwrap();
@@ -186,5 +192,69 @@ fn a_payload_that_its_head_does_not_name_is_refused() {
         OpenOptions::new().write(true).open(&image).unwrap().write_all_at(&[number], 28).unwrap();
         let error = vmstate::info(&image).unwrap_err();
         assert_eq!(error.to_string(), format!("{}: {expected}", image.display()));
+    }
+}
+
+fn convert(from: &Path, to: &Path, format: Format) -> ConvertReport {
+    let settings = ConvertSettings { sync: false, overwrite: true, ..ConvertSettings::new(from, to, format) };
+    vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved)
+        .unwrap_or_else(|error| panic!("{} to {}: {}", from.display(), format.name(), error.chain()))
+}
+
+/// What libvirt's head says, but for how the payload is kept.
+fn told(image: &Path) -> (String, Option<String>, bool) {
+    let head = Payload::of(&open_image(image).unwrap(), image, 0).unwrap().head.unwrap();
+    (head.xml, head.cookie, head.was_running)
+}
+
+/// The device sections: name, instance, length.
+fn devices(image: &Path) -> Vec<(String, u32, u64)> {
+    let devices = vmstate::info(image).unwrap().devices;
+    devices.into_iter().map(|device| (device.name, device.instance_id, device.bytes)).collect()
+}
+
+#[test]
+fn every_format_becomes_every_other_and_says_the_same() {
+    let unpacked = Unpacked::new();
+    let ram = unpacked.ram();
+    let (there, back) = (unpacked.dir.path().join("there"), unpacked.dir.path().join("back"));
+    let full = std::env::var_os("VMSTATE_TEST_FULL").is_some();
+    for from in FORMATS {
+        let image = unpacked.image(from);
+        let sections = devices(&image);
+        // All of them from one that is a stream and one that is not; make test-full has the rest of the square.
+        let all = full || ["zstd", "sparse"].contains(&from);
+        for to in Format::LIBVIRT.into_iter().filter(|to| all || to.name() == "libvirt-sparse") {
+            let report = convert(&image, &there, to);
+            assert_eq!(report.from_format.name(), format!("libvirt-{from}"));
+            let what = format!("{from} to {}", to.name());
+            assert_eq!(vmstate::check(&there).unwrap().report.faults, [], "{what}");
+            assert_eq!(vmstate::info(&there).unwrap().format, to.name(), "{what}");
+            assert_eq!(told(&there), told(&image), "{what}");
+            assert_eq!(devices(&there), sections, "{what}");
+            convert(&there, &back, Format::MappedRam);
+            assert!(memory_of(&back) == ram, "{what}: another memory");
+            // What QEMU itself records is what the head says: without it a guest that ran would come back paused.
+            let expected = if from == "xz" { "paused" } else { "running" };
+            assert_eq!(vmstate::info(&back).unwrap().run_state.as_deref(), Some(expected), "{what}");
+        }
+    }
+}
+
+#[test]
+fn an_image_without_a_head_gets_one_with_the_xml_that_is_given() {
+    let unpacked = Unpacked::new();
+    let (plain, image) = (unpacked.dir.path().join("plain"), unpacked.dir.path().join("image"));
+    convert(&unpacked.image("raw"), &plain, Format::Stream);
+    for format in Format::LIBVIRT {
+        let settings =
+            ConvertSettings { sync: false, overwrite: true, ..ConvertSettings::new(&plain, &image, format) };
+        let error = vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap_err();
+        assert_eq!(error.kind(), Kind::Misuse);
+        let expected = "an image of libvirt needs the XML of its domain, which the source does not have";
+        assert_eq!(error.to_string(), expected, "{}", format.name());
+        let settings = ConvertSettings { domain_xml: Some("<domain/>\n".into()), ..settings };
+        vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap();
+        assert_eq!(told(&image), ("<domain/>\n".into(), None, true), "{}", format.name());
     }
 }

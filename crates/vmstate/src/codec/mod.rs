@@ -22,6 +22,8 @@ mod zstd;
 use std::fmt;
 use std::io::{self, Read};
 
+use wire::libvirt::PayloadFormat;
+
 pub use read::Decompressor;
 pub use write::Compressor;
 
@@ -58,6 +60,18 @@ impl Codec {
             Codec::Xz => "xz",
             Codec::Lzop => "lzop",
             Codec::Zstd => "zstd",
+        }
+    }
+
+    /// What libvirt compresses a stream of this format with; `None` where it does not.
+    pub const fn of(format: PayloadFormat) -> Option<Codec> {
+        match format {
+            PayloadFormat::Raw | PayloadFormat::Sparse => None,
+            PayloadFormat::Gzip => Some(Codec::Gzip),
+            PayloadFormat::Bzip2 => Some(Codec::Bzip2),
+            PayloadFormat::Xz => Some(Codec::Xz),
+            PayloadFormat::Lzop => Some(Codec::Lzop),
+            PayloadFormat::Zstd => Some(Codec::Zstd),
         }
     }
 

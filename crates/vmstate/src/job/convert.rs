@@ -7,7 +7,7 @@ use std::time::Duration;
 use io::{Cancel, DraftOptions, Owner, Target, TargetKind};
 
 use super::{DirectIo, Observer, Phases, Stopwatch, anonymous_memory_bytes};
-use crate::sink::{Means, Sink, create_sink};
+use crate::sink::{Domain, Means, Sink, create_sink};
 use crate::source::{Format, Input, InputBytes, Source, open_source};
 use crate::{Error, Kind, Result};
 
@@ -35,6 +35,8 @@ pub struct ConvertSettings {
     pub channels: Option<u16>,
     /// Whether pages bypass the page cache, on both sides.
     pub direct_io: DirectIo,
+    /// The domain's XML for an image of libvirt; `None` takes that of the source.
+    pub domain_xml: Option<String>,
     /// Whether an image of that name may be replaced, or what is on a device or behind the offset of a file.
     pub overwrite: bool,
     /// Whether the image is made durable before it gets its name.
@@ -57,6 +59,7 @@ impl ConvertSettings {
             to_offset: None,
             channels: None,
             direct_io: DirectIo::Auto,
+            domain_xml: None,
             overwrite: false,
             sync: true,
             mode: 0o600,
@@ -132,6 +135,7 @@ pub fn convert(
         channels,
         counters: watch.progress.counters().clone(),
         sync: settings.sync,
+        domain: domain(settings, &*source),
         cancel: cancel.clone(),
     };
     let (device_bytes, memory_bytes) = {
@@ -165,6 +169,18 @@ pub fn convert(
         peak_memory_bytes: memory_bytes.max(anonymous_memory_bytes()),
         phases,
     })
+}
+
+/// What an image of libvirt says of its domain: what the source says, unless told otherwise. Its cookie
+/// stays, as it does when libvirt restores with another XML.
+fn domain(settings: &ConvertSettings, source: &dyn Source) -> Option<Domain> {
+    let of_source = source.domain().map(|head| Domain { xml: head.xml.clone(), cookie: head.cookie.clone() });
+    match (&settings.domain_xml, of_source) {
+        (None, of_source) => of_source,
+        (Some(xml), of_source) => {
+            Some(Domain { xml: xml.clone(), cookie: of_source.and_then(|domain| domain.cookie) })
+        }
+    }
 }
 
 /// Opens the source and says what it is.

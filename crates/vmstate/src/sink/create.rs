@@ -3,7 +3,7 @@
 use io::Target;
 
 use super::flow::{Means, Sink, byte_sink};
-use super::{MappedRamSink, StreamSink};
+use super::{LibvirtSink, MappedRamSink, StreamSink};
 use crate::source::Format;
 use crate::{Error, Kind, Result};
 
@@ -16,10 +16,7 @@ pub fn create_sink<'a>(format: Format, target: &'a Target, means: Means) -> Resu
     refuse_misfits(format, target)?;
     match format {
         Format::MappedRam => Ok(Box::new(MappedRamSink::new(target, target.start(), means))),
-        Format::Libvirt(_) => {
-            let clause = format!("{} images are not written yet", format.name());
-            Err(Error::new(Kind::Unsupported, clause))
-        }
+        Format::Libvirt(payload) => Ok(Box::new(LibvirtSink::create(payload, target, means)?)),
         Format::Stream => {
             let out = byte_sink(target, &means)?;
             Ok(Box::new(StreamSink::new(out, means)))

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use io::{Cancel, Counters, LaneSettings, Outflow, PIECE_GRAINS, Piece, Staging, Target, WriteLanes};
 
+use super::Domain;
 use crate::source::{GuestShape, Pages, Tail};
 use crate::{Error, Result};
 
@@ -18,6 +19,8 @@ pub struct Means {
     /// Whether what goes to the standard output is made durable, where that is a file. A target that gets its name
     /// or head last is synced then.
     pub sync: bool,
+    /// What goes into the head of an image of libvirt, where there is one.
+    pub domain: Option<Domain>,
     /// The switch that stops everything.
     pub cancel: Cancel,
 }

@@ -3,6 +3,7 @@
 mod create;
 mod devices;
 mod flow;
+mod libvirt;
 mod mapped_ram;
 mod mapped_ram_image;
 mod stream;
@@ -11,6 +12,7 @@ mod stream_image;
 pub use create::create_sink;
 pub use devices::DeviceState;
 pub use flow::{ByteSink, Means, Sink, byte_sink};
+pub use libvirt::{Domain, LibvirtSink};
 pub use mapped_ram::{MappedRamComposition, bitmap_pieces};
 pub use mapped_ram_image::MappedRamSink;
 pub use stream::{PagesSent, StreamComposition};

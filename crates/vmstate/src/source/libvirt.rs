@@ -192,16 +192,8 @@ pub(crate) fn decompress(
     at: u64,
     end: u64,
 ) -> Result<crate::codec::Decompressor> {
-    use crate::codec::Codec;
-    let codec = match format {
-        PayloadFormat::Gzip => Codec::Gzip,
-        PayloadFormat::Bzip2 => Codec::Bzip2,
-        PayloadFormat::Xz => Codec::Xz,
-        PayloadFormat::Lzop => Codec::Lzop,
-        PayloadFormat::Zstd => Codec::Zstd,
-        PayloadFormat::Raw | PayloadFormat::Sparse => {
-            return Err(Error::new(Kind::Misuse, format!("a {format} image is not compressed")));
-        }
+    let Some(codec) = crate::codec::Codec::of(format) else {
+        return Err(Error::new(Kind::Misuse, format!("a {format} image is not compressed")));
     };
     let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
     let file = file.try_clone().map_err(cannot)?;

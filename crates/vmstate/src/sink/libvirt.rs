@@ -1,0 +1,168 @@
+//! An image of libvirt made of any source: a head, and behind it a stream, one that is compressed, or a mapped-ram
+//! image whose offsets count from the head.
+
+use io::Target;
+use wire::libvirt::{Head, PayloadFormat};
+use wire::qemu::global_state;
+
+use super::flow::{Means, Sink, byte_sink, write_failed};
+use super::{MappedRamSink, StreamSink};
+use crate::source::{GuestShape, Pages, Tail};
+use crate::{Error, Kind, Result};
+
+/// To what the payload of a sparse image is aligned: pages are, and what stands before them may as well be.
+const ALIGNMENT: u64 = 4096;
+
+/// What libvirt's head says of a guest beside what QEMU says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Domain {
+    /// The domain's XML, as `virsh dumpxml --migratable --security-info` gives it.
+    pub xml: String,
+    /// libvirt's cookie, which pins the CPU that QEMU made; images without one are restored as well.
+    pub cookie: Option<String>,
+}
+
+/// An image of libvirt in the making.
+pub struct LibvirtSink<'a> {
+    target: &'a Target,
+    head: Head,
+    inner: Box<dyn Sink + 'a>,
+}
+
+impl<'a> LibvirtSink<'a> {
+    /// An image of a format at the start of the target.
+    ///
+    /// Into a file goes a head that says that the image is not complete, as libvirt does it; a pipe cannot be gone back
+    /// in, so what goes there says from the start that the guest ran, and refuses one that did not.
+    ///
+    /// # Errors
+    /// [`Kind::Misuse`] without a domain; [`Kind::Unsupported`] for an XML that no image can have, and for compression
+    /// in a build without codecs; [`Kind::Io`].
+    pub fn create(format: PayloadFormat, target: &'a Target, means: Means) -> Result<LibvirtSink<'a>> {
+        let Some(Domain { xml, cookie }) = means.domain.clone() else {
+            let clause = "an image of libvirt needs the XML of its domain, which the source does not have";
+            return Err(Error::new(Kind::Misuse, clause)
+                .hint("give it with --xml: virsh dumpxml --migratable DOMAIN"));
+        };
+        let head = Head::new(format, true, xml, cookie).map_err(|fault| {
+            Error::new(Kind::Unsupported, "libvirt could not read such a head").because(fault)
+        })?;
+        let is_sequential = target.is_sequential();
+        let start = target.start();
+        if format == PayloadFormat::Sparse {
+            let head = Head { is_complete: false, ..head.aligned(start, ALIGNMENT) };
+            let inner = Box::new(MappedRamSink::new(target, start + head.len(), means));
+            return Ok(LibvirtSink { target, head, inner });
+        }
+        let head = Head { is_complete: is_sequential, ..head };
+        let mut out = byte_sink(target, &means)?;
+        let mut bytes = Vec::new();
+        head.encode(&mut bytes);
+        out.write_all(&bytes).map_err(write_failed)?;
+        if format.is_compressed() {
+            out = compressed(format, out)?;
+        }
+        Ok(LibvirtSink { target, head, inner: Box::new(StreamSink::new(out, means)) })
+    }
+}
+
+impl Sink for LibvirtSink<'_> {
+    fn metadata_bytes(&self, shape: &GuestShape) -> u64 {
+        self.inner.metadata_bytes(shape) + self.head.len()
+    }
+
+    fn write_pages(&mut self, shape: &GuestShape, pages: Pages<'_>) -> Result<()> {
+        self.inner.write_pages(shape, pages)
+    }
+
+    fn complete(&mut self, tail: &Tail) -> Result<()> {
+        let was_running = was_running(tail, self.target)?;
+        let is_sequential = self.target.is_sequential();
+        if is_sequential && !was_running {
+            let clause = "the guest was paused, and the head in the pipe says already that it ran";
+            return Err(Error::new(Kind::Unsupported, clause).hint("convert into a file"));
+        }
+        self.inner.complete(tail)?;
+        if is_sequential {
+            return Ok(());
+        }
+        // All of it now, and not the header alone: in a mapped-ram image nothing stands there yet.
+        self.head.is_complete = true;
+        self.head.was_running = was_running;
+        let mut bytes = Vec::new();
+        self.head.encode(&mut bytes);
+        self.target
+            .write_all_at(&bytes, self.target.start())
+            .map_err(|error| Error::io(format!("cannot write {}", self.target.path().display()), error))
+    }
+}
+
+/// Whether a restore lets the guest of this device state run; QEMU takes one that is not recorded for running.
+fn was_running(tail: &Tail, target: &Target) -> Result<bool> {
+    let devices = tail.devices(target.path())?;
+    let Some(section) = devices.section(global_state::GLOBAL_STATE_SECTION, 0) else { return Ok(true) };
+    let state = global_state::run_state(tail.part(section.payload)).map_err(|fault| {
+        Error::new(Kind::Damaged, "the run state in the device state is none").because(fault)
+    })?;
+    Ok(state == "running")
+}
+
+#[cfg(feature = "codecs")]
+mod compressing {
+    use std::io::Write;
+
+    use wire::libvirt::PayloadFormat;
+
+    use crate::Result;
+    use crate::codec::{Codec, Compressor};
+    use crate::sink::flow::{ByteSink, write_failed};
+
+    /// Bytes that are compressed on their way.
+    pub(super) struct Compressing {
+        /// `None` once it is finished.
+        compressor: Option<Compressor<Box<dyn ByteSink>>>,
+    }
+
+    /// Compresses what is written into it, as the format has it.
+    pub(in crate::sink) fn compressed(
+        format: PayloadFormat,
+        out: Box<dyn ByteSink>,
+    ) -> Result<Box<dyn ByteSink>> {
+        let Some(codec) = Codec::of(format) else { return Ok(out) };
+        let compressor = Compressor::new(codec, out).map_err(write_failed)?;
+        Ok(Box::new(Compressing { compressor: Some(compressor) }))
+    }
+
+    impl Write for Compressing {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            match &mut self.compressor {
+                Some(compressor) => compressor.write(bytes),
+                None => Err(std::io::ErrorKind::BrokenPipe.into()),
+            }
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl ByteSink for Compressing {
+        fn finish(&mut self) -> Result<()> {
+            match self.compressor.take() {
+                Some(compressor) => compressor.finish().map_err(write_failed)?.finish(),
+                None => Ok(()),
+            }
+        }
+    }
+}
+#[cfg(feature = "codecs")]
+use compressing::compressed;
+
+#[cfg(not(feature = "codecs"))]
+fn compressed(
+    format: PayloadFormat,
+    _out: Box<dyn super::flow::ByteSink>,
+) -> Result<Box<dyn super::flow::ByteSink>> {
+    let clause = format!("this build does not compress by {format}");
+    Err(Error::new(Kind::Unsupported, clause).hint("use a vmstate that was built with the feature `codecs`"))
+}
