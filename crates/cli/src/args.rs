@@ -358,11 +358,17 @@ pub struct Convert {
 
     /// What IN is read as [default: what its first bytes say]
     #[arg(long, short = 'f', value_name = "FORMAT", value_enum)]
-    pub from_format: Option<FormatArg>,
+    pub from_format: Option<ImageFormatArg>,
 
     /// The format of OUT
     #[arg(long, short = 'O', value_name = "FORMAT", value_enum)]
-    pub to_format: FormatArg,
+    pub to_format: ImageFormatArg,
+
+    /// The XML of the domain, for an image of libvirt [default: that of IN, which is one, too]
+    ///
+    /// As `virsh dumpxml --migratable --security-info` gives it.
+    #[arg(long, value_name = "FILE")]
+    pub xml: Option<PathBuf>,
 
     /// Where in IN the image starts (0x10000, 64K, 1M, 2G)
     #[arg(long, value_name = "N", default_value = "0", value_parser = bytes)]
@@ -420,7 +426,7 @@ pub struct Compare {
 
     /// What both are read as [default: what their first bytes say]
     #[arg(long, short = 'f', value_name = "FORMAT", value_enum)]
-    pub format: Option<FormatArg>,
+    pub format: Option<ImageFormatArg>,
 
     /// Where in A the image starts (0x10000, 64K, 1M, 2G)
     #[arg(long, value_name = "N", default_value = "0", value_parser = bytes)]
@@ -625,6 +631,29 @@ pub enum FormatArg {
     /// What virsh restore takes, the RAM one record after the other: for every libvirt (with --domain)
     LibvirtRaw,
     /// What virsh restore takes since libvirt 11.2, the RAM at fixed offsets (with --domain)
+    LibvirtSparse,
+}
+
+/// The formats of images that are read and written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ImageFormatArg {
+    /// Pages at fixed offsets, written and read in parallel
+    MappedRam,
+    /// One record after the other: every QEMU reads it
+    Stream,
+    /// libvirt's: its head, and a stream
+    LibvirtRaw,
+    /// The same, the stream through gzip, as parallel members
+    LibvirtGzip,
+    /// The same by bzip2
+    LibvirtBzip2,
+    /// The same by xz
+    LibvirtXz,
+    /// The same by lzop
+    LibvirtLzop,
+    /// The same by zstd, which libvirt reads since 10.4
+    LibvirtZstd,
+    /// libvirt's head, and pages at fixed offsets, which libvirt reads since 11.2
     LibvirtSparse,
 }
 

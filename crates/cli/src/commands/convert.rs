@@ -1,12 +1,14 @@
 //! `vmstate convert`.
 
+use std::path::Path;
+
 use serde_json::{Map, json};
 use vmstate::libvirt::PayloadFormat;
 use vmstate::source::Format;
-use vmstate::{ConvertReport, ConvertSettings};
+use vmstate::{ConvertReport, ConvertSettings, Error};
 
 use super::Outcome;
-use crate::args::{Convert, FormatArg};
+use crate::args::{Convert, ImageFormatArg};
 use crate::output::{Reporter, leave_stdout, line, ms, print_json, say, size, time};
 use crate::progress::Told;
 use crate::signals::cancel_on_signals;
@@ -22,6 +24,7 @@ pub fn run(args: Convert) -> vmstate::Result<Outcome> {
         to_offset: args.offset,
         channels: args.channels,
         direct_io: args.direct_io.choice(),
+        domain_xml: args.xml.as_deref().map(domain_xml).transpose()?,
         overwrite: args.overwrite,
         sync: !args.no_sync,
         mode: args.mode,
@@ -54,13 +57,23 @@ pub fn run(args: Convert) -> vmstate::Result<Outcome> {
 }
 
 /// The format that a word stands for.
-pub fn format(arg: FormatArg) -> Format {
+pub fn format(arg: ImageFormatArg) -> Format {
     match arg {
-        FormatArg::MappedRam => Format::MappedRam,
-        FormatArg::Stream => Format::Stream,
-        FormatArg::LibvirtRaw => Format::Libvirt(PayloadFormat::Raw),
-        FormatArg::LibvirtSparse => Format::Libvirt(PayloadFormat::Sparse),
+        ImageFormatArg::MappedRam => Format::MappedRam,
+        ImageFormatArg::Stream => Format::Stream,
+        ImageFormatArg::LibvirtRaw => Format::Libvirt(PayloadFormat::Raw),
+        ImageFormatArg::LibvirtGzip => Format::Libvirt(PayloadFormat::Gzip),
+        ImageFormatArg::LibvirtBzip2 => Format::Libvirt(PayloadFormat::Bzip2),
+        ImageFormatArg::LibvirtXz => Format::Libvirt(PayloadFormat::Xz),
+        ImageFormatArg::LibvirtLzop => Format::Libvirt(PayloadFormat::Lzop),
+        ImageFormatArg::LibvirtZstd => Format::Libvirt(PayloadFormat::Zstd),
+        ImageFormatArg::LibvirtSparse => Format::Libvirt(PayloadFormat::Sparse),
     }
+}
+
+/// The XML in a file.
+fn domain_xml(path: &Path) -> vmstate::Result<String> {
+    std::fs::read_to_string(path).map_err(|error| Error::io(format!("cannot read {}", path.display()), error))
 }
 
 fn as_json(report: &ConvertReport) -> serde_json::Value {
