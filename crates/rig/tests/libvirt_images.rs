@@ -1,10 +1,12 @@
 //! Images that libvirt wrote, one of each format, all of the same guest.
 
 use std::fs::OpenOptions;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use lab::{Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
+use vmstate::codec::{Codec, Compressor};
 use vmstate::net::QmpAddress;
 use vmstate::source::{Format, MappedRamFile, Payload, open_image};
 use vmstate::{
@@ -257,4 +259,29 @@ fn an_image_without_a_head_gets_one_with_the_xml_that_is_given() {
         vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap();
         assert_eq!(told(&image), ("<domain/>\n".into(), None, true), "{}", format.name());
     }
+}
+
+#[test]
+fn what_comes_out_of_little_is_not_all_believed() {
+    let unpacked = Unpacked::new();
+    // A stream whose device state goes on in zeroes.
+    let raw = std::fs::read(unpacked.image("raw")).unwrap();
+    let head = Payload::of(&open_image(&unpacked.image("zstd")).unwrap(), Path::new("zstd"), 0)
+        .unwrap()
+        .head
+        .unwrap();
+    let info = vmstate::info(&unpacked.image("raw")).unwrap();
+    let devices_at = info.devices[0].offset as usize + 4096;
+    let image = unpacked.dir.path().join("bomb");
+    let mut bytes = Vec::new();
+    head.encode(&mut bytes);
+    let mut compressor = Compressor::new(Codec::Zstd, bytes).unwrap();
+    compressor.write_all(&raw[0x10901..devices_at]).unwrap();
+    let zeroes = vec![0; 1 << 20];
+    (0..600).for_each(|_| compressor.write_all(&zeroes).unwrap());
+    std::fs::write(&image, compressor.finish().unwrap()).unwrap();
+    assert!(image.metadata().unwrap().len() < 2 << 20, "it is little");
+    let error = vmstate::info(&image).unwrap_err();
+    let expected = "more than 0x10000000 bytes of device state come out of it";
+    assert_eq!(error.to_string(), format!("{}: {expected}", image.display()));
 }

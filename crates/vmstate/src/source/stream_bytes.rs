@@ -15,6 +15,10 @@ use crate::{Error, Kind, Result};
 /// zero pages, and what stands before the announcement.
 const OVERHEAD_MAX: u64 = TAIL_LEN_MAX + (64 << 20);
 
+/// The most device state that is taken out of a compressed stream, in bytes. Unlike that of a file it takes memory
+/// without having taken room on a disk, so less is believed.
+const DECOMPRESSED_TAIL_MAX: u64 = 256 << 20;
+
 /// A stream that is read once, from front to back.
 pub(crate) struct StreamBytes<'a> {
     file: &'a File,
@@ -97,9 +101,11 @@ impl<'a> StreamBytes<'a> {
             if len < more.len() {
                 break;
             }
-            if bytes.len() as u64 > TAIL_LEN_MAX {
-                let clause =
-                    format!("{}: more than {TAIL_LEN_MAX:#x} bytes of device state", self.path.display());
+            if bytes.len() as u64 > DECOMPRESSED_TAIL_MAX {
+                let clause = format!(
+                    "{}: more than {DECOMPRESSED_TAIL_MAX:#x} bytes of device state come out of it",
+                    self.path.display()
+                );
                 return Err(Error::new(Kind::Unsupported, clause));
             }
         }
