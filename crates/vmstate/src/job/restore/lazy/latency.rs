@@ -45,7 +45,8 @@ impl Latencies {
 
 /// The bucket of a duration: its whole doublings of a microsecond, and in which eighth of the next it is.
 fn bucket(took: Duration) -> usize {
-    let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+    // Far beyond the last bucket, and far from where the sums below would overflow.
+    let micros = took.as_micros().min(1 << 40) as u64;
     let doubling = (micros + 1).ilog2();
     let within = ((micros + 1 - (1 << doubling)) * u64::from(FINE)) >> doubling;
     (doubling * FINE) as usize + within as usize

@@ -4,6 +4,8 @@
 //! guest is an ordinary one, with no tie to vmstate or to the image.
 
 mod fit;
+#[cfg(test)]
+mod hostile;
 mod latency;
 mod ledger;
 mod recover;

@@ -15,6 +15,7 @@ use page::{PageIndex, PageRange};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Advice, fadvise};
 use rustix::io::Errno;
+use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use wire::DecodeError;
 use wire::postcopy::format::PING_PACKAGED;
@@ -30,6 +31,8 @@ use crate::{Error, Kind, Result};
 const CHUNK_SHARED: u64 = 64 << 10;
 /// The same where they have a channel of their own.
 const CHUNK_ALONE: u64 = 256 << 10;
+/// How much the main channel's socket holds where faults have their own: target and server need not take turns then.
+const BUFFER_LEN: usize = 1 << 20;
 /// How much is queued for faults before the queue has to drain.
 const ANSWERS_LEN_MAX: usize = 256 << 10;
 /// How many requests are taken before the first of them is answered; a target has one a virtual processor.
@@ -152,6 +155,10 @@ impl<'a> Server<'a> {
         urgent: Option<UnixStream>,
         limit: Option<&'a RateLimit>,
     ) -> Server<'a> {
+        if urgent.is_some() && set_socket_send_buffer_size_force(&main, BUFFER_LEN).is_err() {
+            // Without privileges the system's own limit holds, which costs a little speed.
+            let _ = set_socket_send_buffer_size(&main, BUFFER_LEN);
+        }
         Server {
             image,
             ledger,
