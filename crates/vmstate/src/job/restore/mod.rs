@@ -354,6 +354,11 @@ fn load(
     if plan.mode == Mode::Lazy {
         let Image::MappedRam(image) = image else { return Err(mode::refuse_stream()) };
         let run = wants_to_run(settings, image.run_state()?, wants_pause);
+        if launched.is_some_and(|launched| launched.user_qmp().is_none()) {
+            watch.observer.warn(
+                "no -qmp among QEMU's arguments: if vmstate is killed before the memory is there, the guest is lost",
+            );
+        }
         let limit = settings.rate_max.map(Rate::limit);
         return lazy::load(image, session, pid, run, limit.as_deref(), watch, cancel, let_go);
     }
