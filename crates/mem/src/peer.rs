@@ -307,18 +307,23 @@ pub(crate) fn peer_error(pid: u32, what: &'static str, source: io::Error) -> Pee
 /// What keeps us from looking into a process, as far as can be told from outside.
 fn permission_hint(pid: u32) -> String {
     let ours = rustix::process::geteuid().as_raw();
-    let owner = std::fs::metadata(format!("/proc/{pid}")).map(|found| found.uid());
+    let owner = std::fs::metadata(format!("/proc/{pid}")).map(|found| found.uid()).ok();
     let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
-    match (owner, scope.trim()) {
+    hint_for(ours, owner, scope.trim())
+}
+
+/// What would help the user `ours` against a process of `owner`, where Yama's scope is `scope`; empty without Yama.
+fn hint_for(ours: u32, owner: Option<u32>, scope: &str) -> String {
+    match (owner, scope) {
         // A process that may not be dumped belongs to root in /proc whoever runs it, so this comes first
         // only where the owner is somebody else.
-        (Ok(owner), _) if owner != ours && owner != 0 => {
+        (Some(owner), _) if owner != ours && owner != 0 => {
             format!("it belongs to user {owner}: run as that user, or as root")
         }
         (_, scope @ ("1" | "2" | "3")) => {
             format!("kernel.yama.ptrace_scope is {scope}: run as root or with CAP_SYS_PTRACE, or set it to 0")
         }
-        (Ok(0), _) if ours != 0 => "it belongs to root or may not be dumped: run as root".to_owned(),
+        (Some(0), _) if ours != 0 => "it belongs to root or may not be dumped: run as root".to_owned(),
         _ => "run as root with CAP_SYS_PTRACE; a container or security module may forbid it still".to_owned(),
     }
 }
@@ -336,6 +341,29 @@ mod tests {
         for line in ["", "42 (qemu", "42 (qemu) S 1 2", "42 (qemu) S 1 2 3 0 -1 4 1 0 0 0 0 0 0 0 20 0 1 0 x"]
         {
             assert_eq!(parse_start_time(line.as_bytes()), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn what_forbids_a_look_is_told_with_what_mends_it() {
+        let user = "it belongs to user 107: run as that user, or as root";
+        let scope = |n| {
+            format!("kernel.yama.ptrace_scope is {n}: run as root or with CAP_SYS_PTRACE, or set it to 0")
+        };
+        let root = "it belongs to root or may not be dumped: run as root";
+        let other = "run as root with CAP_SYS_PTRACE; a container or security module may forbid it still";
+        for (ours, owner, found, expected) in [
+            (1000, Some(107), "1", user.to_owned()),
+            (1000, Some(1000), "1", scope(1)),
+            (1000, Some(1000), "2", scope(2)),
+            (0, Some(0), "3", scope(3)),
+            (1000, Some(0), "1", scope(1)),
+            (1000, Some(0), "0", root.to_owned()),
+            (1000, Some(0), "", root.to_owned()),
+            (1000, Some(1000), "0", other.to_owned()),
+            (0, None, "", other.to_owned()),
+        ] {
+            assert_eq!(hint_for(ours, owner, found), expected, "{ours} {owner:?} {found}");
         }
     }
 

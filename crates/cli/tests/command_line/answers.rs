@@ -120,6 +120,7 @@ fn answers_have_the_keys_and_exit_codes_that_are_promised() {
             "device_bytes",
             "devices",
             "disk_bytes",
+            "domain",
             "file_bytes",
             "format",
             "hole_bytes",
