@@ -18,8 +18,9 @@ demo: setup ## Save and restore a guest in real QEMUs, and show what it took
 test: setup check ## Everything that CI runs
 	@cargo xtask test
 
-test-full: test ## The above, old QEMUs, and a longer fuzz
+test-full: test ## The above, old QEMUs and libvirts, and a longer fuzz
 	@scripts/setup-qemu72.sh
+	@scripts/setup-old-libvirt.sh
 	@$(call timed,full suites,VMSTATE_TEST_FULL=1 cargo test --quiet --package vmstate-rig)
 	@$(MAKE) --no-print-directory fuzz
 

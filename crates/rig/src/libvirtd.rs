@@ -34,6 +34,8 @@ pub struct Libvirtd {
     keeper: Child,
     /// Where it says that it is ready.
     ready: UnixDatagram,
+    /// Its own root directory, where it has one.
+    within: Option<PathBuf>,
 }
 
 impl Libvirtd {
@@ -43,6 +45,18 @@ impl Libvirtd {
     /// # Panics
     /// When it cannot be started. It is installed by `make setup` and needs root.
     pub fn start(keeper: &str) -> Libvirtd {
+        Libvirtd::start_in(keeper, None)
+    }
+
+    /// As [`Libvirtd::start`], the libvirt and the QEMU of another system whose root directory is `within`.
+    ///
+    /// # Panics
+    /// As [`Libvirtd::start`].
+    pub fn start_within(keeper: &str, within: &Path) -> Libvirtd {
+        Libvirtd::start_in(keeper, Some(within.to_owned()))
+    }
+
+    fn start_in(keeper: &str, within: Option<PathBuf>) -> Libvirtd {
         // A socket's path has room for little more than a hundred bytes.
         let root = tempfile::Builder::new().prefix("lv-").tempdir().expect("a directory").keep();
         let write = |name: &str, text: &str| {
@@ -57,6 +71,7 @@ impl Libvirtd {
         ready.set_read_timeout(Some(DEADLINE)).expect("a time limit");
         let mut keeper = Command::new(keeper)
             .arg(&root)
+            .args(&within)
             .env("NOTIFY_SOCKET", root.join("notify"))
             .env("LIBVIRT_LOG_OUTPUTS", format!("3:file:{}", root.join("libvirtd.log").display()))
             .stdin(Stdio::piped())
@@ -64,7 +79,7 @@ impl Libvirtd {
             .stderr(Stdio::null())
             .spawn()
             .unwrap_or_else(|error| panic!("{keeper}: {error}"));
-        let libvirtd = Libvirtd { keeping: keeper.stdin.take(), keeper, root, ready };
+        let libvirtd = Libvirtd { keeping: keeper.stdin.take(), keeper, root, ready, within };
         libvirtd.await_ready();
         libvirtd
     }
@@ -89,6 +104,15 @@ impl Libvirtd {
         self.await_ready();
     }
 
+    /// Has it configured otherwise: `line` is one of its `qemu.conf`. It is restarted for that.
+    ///
+    /// # Panics
+    /// As [`Libvirtd::restart`].
+    pub fn configure(&self, line: &str) {
+        std::fs::write(self.root.join("etc/qemu.conf"), format!("{QEMU_CONF}{line}\n")).expect("its file");
+        self.restart();
+    }
+
     /// The address for `virsh --connect`.
     pub fn uri(&self) -> String {
         format!("qemu+unix:///system?socket={}", self.root.join("run/libvirt-sock").display())
@@ -110,7 +134,15 @@ impl Libvirtd {
     /// # Errors
     /// What virsh said.
     pub fn try_virsh(&self, args: &[&dyn AsRef<OsStr>]) -> Result<String, String> {
-        let output = Command::new("virsh")
+        let mut virsh = Command::new("virsh");
+        if self.within.is_some() {
+            // Another system's virsh is where its libvirtd is.
+            let pid = std::fs::read_to_string(self.root.join("libvirtd.pid"))
+                .map_err(|error| format!("libvirtd does not run: {error}"))?;
+            virsh = Command::new("nsenter");
+            virsh.args(["--target", pid.trim(), "--mount", "--root", "--wdns=/", "virsh"]);
+        }
+        let output = virsh
             .args(["--quiet", "--connect", &self.uri()])
             .args(args.iter().map(|arg| arg.as_ref()))
             .stdin(Stdio::null())
@@ -150,6 +182,8 @@ pub struct DomainSpec {
     pub ram_bytes: u64,
     /// What is inside the element `memoryBacking`; empty for private memory.
     pub memory_backing: String,
+    /// The type of its machine, of q35.
+    pub machine: String,
     /// What boots in it.
     pub guest: Guest,
 }
@@ -161,6 +195,7 @@ impl DomainSpec {
             name: name.to_owned(),
             ram_bytes,
             memory_backing: String::new(),
+            machine: "pc-q35-10.0".to_owned(),
             guest: Guest::default(),
         }
     }
@@ -188,15 +223,15 @@ impl DomainSpec {
     }
 
     fn xml(&self, dir: &Path) -> String {
-        let (name, kib, backing, dir) =
-            (&self.name, self.ram_bytes >> 10, &self.memory_backing, dir.display());
+        let (name, kib, backing, machine, dir) =
+            (&self.name, self.ram_bytes >> 10, &self.memory_backing, &self.machine, dir.display());
         format!(
             "<domain type='qemu'>
   <name>{name}</name>
   <memory unit='KiB'>{kib}</memory>
   <memoryBacking>{backing}</memoryBacking>
   <vcpu>1</vcpu>
-  <os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type><boot dev='hd'/></os>
+  <os><type arch='x86_64' machine='{machine}'>hvm</type><boot dev='hd'/></os>
   <features><acpi/><apic/></features>
   <cpu mode='custom' match='exact' check='none'><model>qemu64</model></cpu>
   <on_reboot>destroy</on_reboot>

@@ -26,7 +26,8 @@ PATH=$PATH:/usr/sbin exec libvirtd -p "$1/libvirtd.pid"
 
 fn main() -> ExitCode {
     let Some(root) = std::env::args_os().nth(1).map(PathBuf::from) else { return ExitCode::from(2) };
-    let outcome = keep(&root);
+    let within = std::env::args_os().nth(2).map(PathBuf::from);
+    let outcome = keep(&root, within.as_deref());
     let _ = std::fs::remove_dir_all(&root);
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -34,9 +35,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn keep(root: &Path) -> std::io::Result<()> {
+fn keep(root: &Path, within: Option<&Path>) -> std::io::Result<()> {
     set_child_subreaper(Some(getpid()))?;
-    start(root)?;
+    start(root, within)?;
     let (reaped, on_reaped) = channel();
     std::thread::spawn(move || {
         loop {
@@ -53,7 +54,7 @@ fn keep(root: &Path) -> std::io::Result<()> {
         let pid = std::fs::read_to_string(root.join("libvirtd.pid"))?;
         let pid = pid.trim().parse().ok().and_then(Pid::from_raw).ok_or(std::io::ErrorKind::InvalidData)?;
         kill_process(pid, Signal::KILL)?;
-        start(root)?;
+        start(root, within)?;
     }
     // A child that ends leaves us its own. The channel closes when there are none.
     let mut killed = HashSet::new();
@@ -69,12 +70,30 @@ fn keep(root: &Path) -> std::io::Result<()> {
     }
 }
 
-/// Starts libvirtd.
-fn start(root: &Path) -> std::io::Result<()> {
+/// The same within another root directory, in which the directory of the tests has the name that it has outside: what
+/// libvirt is told of and what it tells is found by both sides.
+const START_WITHIN: &str = r#"
+for place in proc sys dev; do mount --rbind "/$place" "$2/$place"; done
+mount -t tmpfs none "$2/run"
+mount -t tmpfs none "$2/tmp"
+mkdir -p "$2$1" "$1/etc" "$1/run" "$1/lib" "$1/cache" "$1/log"
+mount --bind "$1" "$2$1"
+for place in etc:/etc/libvirt run:/run/libvirt lib:/var/lib/libvirt cache:/var/cache/libvirt log:/var/log/libvirt; do
+    mkdir -p "$2${place#*:}"
+    mount --bind "$1/${place%%:*}" "$2${place#*:}"
+done
+exec chroot "$2" /usr/sbin/libvirtd -p "$1/libvirtd.pid"
+"#;
+
+/// Starts libvirtd, within the root directory `within` where there is one.
+fn start(root: &Path, within: Option<&Path>) -> std::io::Result<()> {
     let log = std::fs::File::options().create(true).append(true).open(root.join("libvirtd.out"))?;
     Command::new("unshare")
-        .args(["--mount", "--propagation", "private", "sh", "-ec", START, "sh"])
+        .args(["--mount", "--propagation", "private", "sh", "-ec"])
+        .arg(if within.is_some() { START_WITHIN } else { START })
+        .arg("sh")
         .arg(root)
+        .args(within)
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
