@@ -7,7 +7,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use vmstate::net::QmpAddress;
 use vmstate::{Owner, Rate};
 
-use crate::monitor::{DomainRestoreArgs, MonitorArgs};
+use crate::monitor::{ConnectArgs, DomainRestoreArgs, MonitorArgs};
 
 /// Saves, restores and inspects the state of virtual machines, in the formats that QEMU reads and writes.
 #[derive(Debug, Parser)]
@@ -492,6 +492,22 @@ pub struct Bench {
     #[arg(long, value_name = "N,...", value_delimiter = ',', num_args = 0..=1, default_missing_value = "1,5,20",
           value_parser = clap::value_parser!(u16).range(1..=1000), conflicts_with_all = ["backend", "only", "rounds", "repeat", "quick", "plot"])]
     pub clones: Option<Vec<u16>>,
+
+    /// Instead: virsh save and restore beside ours, of a domain of libvirt that runs. It is suspended, ended and restored
+    /// many times, and in the end goes on where it was
+    #[arg(long, value_name = "DOMAIN", conflicts_with_all = ["memory", "backend", "only", "repeat", "plot", "clones", "restore_modes"])]
+    pub domain: Option<String>,
+
+    #[command(flatten)]
+    pub connect: ConnectArgs,
+
+    /// How many channels are used where several are
+    #[arg(long, value_name = "N", default_value_t = 2, requires = "domain", value_parser = clap::value_parser!(u16).range(1..=255))]
+    pub channels: u16,
+
+    /// A command of QEMU that the domain's images are restored into without libvirt, too
+    #[arg(last = true, value_name = "QEMU ARGS", requires = "domain")]
+    pub command: Vec<OsString>,
 
     /// Only saves, or only restores
     #[arg(long, value_enum, value_name = "JOB")]

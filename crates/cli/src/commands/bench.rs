@@ -3,9 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use lab::bench::{Backend, BenchSettings, Style, render, render_clones, render_modes, svg};
+use lab::bench::{
+    Backend, BenchSettings, DomainBenchSettings, Style, render, render_clones, render_domain, render_modes,
+    svg,
+};
 use lab::demo::Narrator;
 use serde::Serialize;
+use vmstate::libvirt::DomainName;
 use vmstate::{Error, Kind};
 
 use super::Outcome;
@@ -51,6 +55,18 @@ pub fn run(args: &Bench) -> vmstate::Result<Outcome> {
         let counts: Vec<usize> = counts.iter().map(|count| usize::from(*count)).collect();
         let rows = lab::bench::clones(&counts, args.memory, &directory, &cancel, &Teller)?;
         return tell(args, &rows, || render_clones(&rows, style));
+    }
+    if let Some(name) = &args.domain {
+        let settings = DomainBenchSettings {
+            uri: args.connect.uri()?,
+            name: DomainName(name.clone()),
+            command: args.command.clone(),
+            channels: args.channels,
+            directory,
+            rounds: args.rounds.unwrap_or(if args.quick { ROUNDS_QUICK } else { ROUNDS }).into(),
+        };
+        let rows = lab::bench::domain(&settings, &cancel, &Teller)?;
+        return tell(args, &rows, || render_domain(&rows, style));
     }
     let report = lab::bench::bench(&settings(args, directory), &cancel, &Teller)?;
     if let Some(path) = &args.plot {

@@ -6,6 +6,7 @@
 
 mod budget;
 mod clone;
+mod domain;
 mod guests;
 mod measure;
 mod meter;
@@ -24,6 +25,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 pub use budget::{Budget, Rival, Verdict};
+pub use domain::{DomainBenchSettings, DomainRow, domain, render_domain};
 pub use modes::{CloneRow, ModeRow, clones, modes, render_clones, render_modes};
 pub use plot::svg;
 pub use run::bench;
