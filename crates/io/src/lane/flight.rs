@@ -100,6 +100,10 @@ impl<'a> Flights<'a> {
 
     /// Waits until everything is home.
     pub(super) fn land(mut self) -> Result<(), LaneError> {
+        self.bring_home()
+    }
+
+    fn bring_home(&mut self) -> Result<(), LaneError> {
         self.advance()?;
         while self.ring.as_ref().is_some_and(|ring| !ring.is_idle()) || !self.waiting.is_empty() {
             self.wait()?;
@@ -260,7 +264,14 @@ impl<'a> Flights<'a> {
         );
         if let Some(limit) = &lane.limit {
             // What is left out costs nothing. A wait that the switch ends is seen before the next write.
-            limit.wait(piece.bytes_in(&supplied.write), &lane.cancel);
+            let now = Instant::now();
+            let until = now + limit.reserve(piece.bytes_in(&supplied.write), now);
+            if until > now {
+                // Whoever is held up gains nothing by having requests under way, and what they have moved counts
+                // only when they are home.
+                self.bring_home()?;
+                lane.cancel.wait(until.saturating_duration_since(Instant::now()));
+            }
         }
         let loaded = Rc::new(loaded);
         for (start, end) in runs(supplied.write) {
