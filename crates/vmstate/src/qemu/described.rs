@@ -23,7 +23,7 @@ const STATE_LEN_MAX: u64 = 1 << 30;
 /// (commit b0182e537e).
 const NAMED_SINCE: (u32, u32) = (8, 1);
 
-/// Finds out whether QEMU leaves this guest's memory out: all but [`BESIDE_LEN_MAX`] bytes of it.
+/// Finds out whether QEMU leaves this guest's memory out: all but `BESIDE_LEN_MAX` bytes of it.
 ///
 /// # Errors
 /// [`Kind::Unsupported`] where it does not, naming the first block that is too much.
