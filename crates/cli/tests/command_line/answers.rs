@@ -170,6 +170,7 @@ fn answers_have_the_keys_and_exit_codes_that_are_promised() {
         [
             "channels",
             "direct_io",
+            "faults",
             "first_instruction_from_ready_ms",
             "first_instruction_ms",
             "guest_ready_ms",
