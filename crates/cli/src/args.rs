@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use vmstate::net::QmpAddress;
-use vmstate::{Owner, Rate};
+use vmstate::{Owner, Rate, ReadySerial};
 
 use crate::monitor::{ConnectArgs, DomainRestoreArgs, MonitorArgs};
 
@@ -168,6 +168,15 @@ pub struct Restore {
     /// Give the guest behind --qmp the rest of its memory, whose restore with --mode lazy broke off or was killed
     #[arg(long, conflicts_with_all = ["mode", "via", "running", "paused", "channels", "max_bandwidth", "qemu"])]
     pub resume: bool,
+
+    /// With --mode map: end only when all of the image is in the page cache. The other modes wait for the memory anyway
+    #[arg(long, conflicts_with_all = ["resume", "domain"])]
+    pub wait: bool,
+
+    /// Tell when the guest is ready: when its serial console says TEXT, which QEMU writes to FILE (-serial file:FILE).
+    /// Only what is written after the resume counts
+    #[arg(long, value_name = "FILE:TEXT", conflicts_with_all = ["resume", "domain", "paused"])]
+    pub ready_serial: Option<ReadySerial>,
 
     /// Who carries the RAM: vmstate into shared memory, QEMU's own mapped-ram, or a stream from vmstate
     #[arg(long, value_enum, default_value_t = RestoreViaArg::Auto)]
@@ -483,7 +492,8 @@ pub struct Bench {
     #[arg(long, value_enum)]
     pub backend: Vec<BackendArg>,
 
-    /// Instead: eager and mapped restores beside each other, of guests of these sizes in MiB
+    /// Instead: restores in each mode and QEMU's own load beside each other, of idle and dirty guests of these sizes in
+    /// MiB; those that memory or disk do not hold are left out
     #[arg(long, value_name = "MIB,...", value_delimiter = ',', num_args = 0..=1, default_missing_value = "256,1024,4096,8192",
           value_parser = clap::value_parser!(u64).range(64..=1_048_576), conflicts_with_all = ["backend", "only", "repeat", "plot", "clones"])]
     pub restore_modes: Option<Vec<u64>>,

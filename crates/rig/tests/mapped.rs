@@ -10,8 +10,8 @@ use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, QemuSpec, 
 use vmstate::net::QmpAddress;
 use vmstate::source::MappedRamFile;
 use vmstate::{
-    Cancel, Kind, Mode, Observer, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Then,
-    Unobserved, Via,
+    Cancel, Kind, Mode, Observer, ReadySerial, Record, RestoreReport, RestoreSettings, Result, SaveFormat,
+    SaveSettings, Target, Then, Unobserved, Via,
 };
 use vmstate_rig::{DEADLINE, StockLoad, stock_save};
 
@@ -66,6 +66,17 @@ impl Drop for Restored {
 }
 
 fn restore_observed(spec: &QemuSpec, image: &Path, mode: Mode, observer: &dyn Observer) -> Result<Restored> {
+    restore_changed(spec, image, mode, observer, |_, _| {})
+}
+
+/// Restores with settings that are changed once the home of the QEMU to be is known.
+fn restore_changed(
+    spec: &QemuSpec,
+    image: &Path,
+    mode: Mode,
+    observer: &dyn Observer,
+    change: impl FnOnce(&mut RestoreSettings, &Path),
+) -> Result<Restored> {
     let home = tempfile::tempdir().unwrap();
     let mut command = vec![spec.program.clone().into_os_string()];
     command.extend(spec.machine_args(home.path()).unwrap());
@@ -74,7 +85,9 @@ fn restore_observed(spec: &QemuSpec, image: &Path, mode: Mode, observer: &dyn Ob
     let serial = Serial::open(&QemuSpec::serial_path(home.path()), &home.path().join("stderr.log")).unwrap();
     let target = Target::Launch { command, log: None, foreground: false };
     // Stock QEMU saves what stands still.
-    let settings = RestoreSettings { mode, record: Record::Running, ..RestoreSettings::new(image, target) };
+    let mut settings =
+        RestoreSettings { mode, record: Record::Running, ..RestoreSettings::new(image, target) };
+    change(&mut settings, home.path());
     let report = vmstate::restore(&settings, &Cancel::new().unwrap(), observer)?;
     Ok(Restored { home, serial, report })
 }
@@ -219,13 +232,22 @@ fn an_image_that_a_guest_lives_from_is_replaced_by_name_and_not_written_in_place
 }
 
 /// Keeps what is said.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Notes(Mutex<Vec<String>>);
 
 impl Observer for Notes {
     fn note(&self, text: &str) {
         self.0.lock().unwrap().push(text.to_owned());
     }
+
+    fn warn(&self, text: &str) {
+        self.note(text);
+    }
+}
+
+/// Has the kernel forget what it has of a file that is durable.
+fn forget(image: &Path) {
+    rustix::fs::fadvise(File::open(image).unwrap(), 0, None, rustix::fs::Advice::DontNeed).unwrap();
 }
 
 #[test]
@@ -277,4 +299,121 @@ fn a_waiting_qemu_is_mapped_only_where_its_memory_is_the_image_at_the_right_plac
         assert_eq!(error.kind(), Kind::Unsupported);
         assert_eq!(error.to_string(), format!("target's `pc.ram` is not mapped from {}", image.display()));
     }
+}
+
+/// The line that the guest writes when it has verified all of its memory once more.
+fn says_a_round(settings: &mut RestoreSettings, home: &Path) {
+    settings.ready = Some(ReadySerial { console: QemuSpec::serial_path(home), text: "R0".to_owned() });
+}
+
+#[test]
+fn auto_maps_a_large_image_that_is_not_cached_and_reads_one_that_is() {
+    let dir = directory();
+    let image = dir.path().join("vm.img");
+    let settings = GuestSettings { pages_low_max: 80_000, fill_rounds: 1, ..GuestSettings::default() };
+    let spec =
+        QemuSpec { guest: Some(Guest::new(settings)), ..spec(MachineKind::Q35, 512, MemoryBackend::Plain) };
+    let round = saved(&spec, &image);
+    forget(&image);
+    let notes = Notes::default();
+    let mut restored = restore_changed(&spec, &image, Mode::Auto, &notes, |settings, home| {
+        says_a_round(settings, home);
+        settings.wait = true;
+    })
+    .unwrap_or_else(|error| panic!("{}", error.chain()));
+    let report = &restored.report;
+    assert_eq!(report.mode, Mode::Map, "{:?}", report.mode_reason);
+    assert_eq!(report.mode_reason.as_deref(), Some("the image is large and not cached"));
+    assert!(notes.0.lock().unwrap().contains(&"mode map: the image is large and not cached".to_owned()));
+    assert!(report.guest_ready.unwrap() >= report.first_instruction, "{report:?}");
+    // All of it was asked to be there, and the kernel says that it is.
+    assert!(report.read_bytes > 80_000 * 4096, "{report:?}");
+    let resident = report.resident.expect("a page cache that holds 320 MiB");
+    assert!(resident >= report.first_instruction, "{report:?}");
+    restored.goes_on_from(round, "mapped");
+    drop(restored);
+
+    let restored = restore_observed(&spec, &image, Mode::Auto, &notes).unwrap();
+    assert_eq!(restored.report.mode, Mode::Eager);
+    assert_eq!(restored.report.mode_reason.as_deref(), Some("the image is in the page cache"));
+    assert_eq!(restored.report.guest_ready, None, "nobody asked");
+}
+
+#[test]
+fn a_guest_says_when_it_is_ready_in_every_mode() {
+    let dir = directory();
+    let image = dir.path().join("vm.img");
+    let spec = spec(MachineKind::Pc, 256, MemoryBackend::Plain);
+    saved(&spec, &image);
+    for mode in [Mode::Eager, Mode::Map, Mode::Lazy] {
+        let restored = restore_changed(&spec, &image, mode, &Unobserved, says_a_round)
+            .unwrap_or_else(|error| panic!("{}: {}", mode.name(), error.chain()));
+        let report = &restored.report;
+        assert_eq!(report.mode, mode);
+        assert!(report.guest_ready.unwrap() >= report.first_instruction, "{report:?}");
+        assert_eq!(report.resident.is_some(), mode != Mode::Map, "{report:?}");
+    }
+    // Nobody waits for what cannot come.
+    let notes = Notes::default();
+    let restored = restore_changed(&spec, &image, Mode::Map, &notes, |settings, home| {
+        says_a_round(settings, home);
+        settings.record = Record::Paused;
+    })
+    .unwrap();
+    assert_eq!((restored.report.run_state.as_str(), restored.report.guest_ready), ("paused", None));
+    let warning = "the guest is paused: nobody waited until its console says it is ready".to_owned();
+    assert!(notes.0.lock().unwrap().contains(&warning), "{notes:?}");
+}
+
+#[test]
+fn a_console_that_is_not_there_is_told_before_the_guest_comes() {
+    let dir = directory();
+    let image = dir.path().join("vm.img");
+    let spec = spec(MachineKind::Q35, 256, MemoryBackend::Plain);
+    saved(&spec, &image);
+    let outcome = restore_changed(&spec, &image, Mode::Map, &Unobserved, |settings, _| {
+        settings.ready = Some("/no/such/console:login".parse().unwrap());
+    });
+    let error = outcome.err().expect("no console");
+    assert_eq!(error.kind(), Kind::Misuse);
+    assert!(error.chain().starts_with("cannot follow the console /no/such/console"), "{}", error.chain());
+}
+
+#[test]
+fn a_stream_is_not_mapped() {
+    let dir = directory();
+    let image = dir.path().join("vm.stream");
+    let spec = spec(MachineKind::Q35, 256, MemoryBackend::Plain);
+    let mut source = spec.start().unwrap();
+    source.wait_for_round(2, DEADLINE).unwrap();
+    save(&source.qmp_path(), &image, |settings| settings.format = Some(SaveFormat::Stream)).unwrap();
+    let round = source.serial.latest_round().unwrap();
+    drop(source);
+    let error = restore_observed(&spec, &image, Mode::Map, &Unobserved).err().expect("a refusal");
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert_eq!(error.to_string(), "the pages of a stream lie amid its records");
+    assert_eq!(error.hint_text(), Some("restore with --mode eager, or save in the format mapped-ram"));
+    let mut restored = restore_observed(&spec, &image, Mode::Auto, &Unobserved).unwrap();
+    assert_eq!(restored.report.mode, Mode::Eager);
+    let reason = restored.report.mode_reason.as_deref();
+    assert_eq!(reason, Some("the pages of a stream lie amid its records"));
+    restored.goes_on_from(round, "stream");
+}
+
+#[test]
+fn a_backend_that_is_written_as_json_is_mapped() {
+    let dir = directory();
+    let image = dir.path().join("vm.img");
+    let spec = spec(MachineKind::Q35, 256, MemoryBackend::Memfd);
+    let round = saved(&spec, &image);
+    let json = r#"{"qom-type":"memory-backend-memfd","id":"pc.ram","size":268435456,"share":true}"#;
+    let mut restored = restore_changed(&spec, &image, Mode::Map, &Unobserved, |settings, _| {
+        let Target::Launch { command, .. } = &mut settings.target else { unreachable!() };
+        let object = command.iter().position(|arg| arg == "-object").unwrap() + 1;
+        assert!(command[object].to_str().unwrap().starts_with("memory-backend-memfd,"));
+        command[object] = json.into();
+    })
+    .unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!(mappings_of(restored.report.qemu_pid.unwrap(), &image).len(), 1);
+    restored.goes_on_from(round, "json");
 }

@@ -9,13 +9,15 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
+use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec, Serial};
 use page::PageSize;
 use serde_json::{Map, json};
 use vmstate::net::QmpAddress;
 use vmstate::qmp::Capability;
 use vmstate::source::{Format, MappedRamFile};
-use vmstate::{Cancel, ConvertSettings, RestoreSettings, SaveSettings, Target, Unobserved, Via};
+use vmstate::{
+    Cancel, ConvertSettings, Kind, Mode, Record, RestoreSettings, SaveSettings, Target, Unobserved, Via,
+};
 use vmstate_rig::{DEADLINE, StockLoad, client, compare_images, stock_load, stock_save, verify_image};
 use wire::qemu::{Event, StreamScanner};
 
@@ -124,6 +126,47 @@ fn what_is_saved_from_either_qemu_comes_back_in_qemu_7_2() {
             target
                 .wait_for_round(round + 2, DEADLINE)
                 .unwrap_or_else(|error| panic!("{name} from {from}: {error}"));
+        }
+    }
+}
+
+#[test]
+fn qemu_7_2_says_that_it_maps_no_image_and_gets_all_of_it_instead() {
+    let Some(mut spec) = old(MachineKind::Q35, MemoryBackend::Plain, 512) else { return };
+    // More than what is read as a whole for being small.
+    let guest = GuestSettings { fill_rounds: 1, pages_low_max: 80_000, ..GuestSettings::default() };
+    spec.guest = Some(Guest::new(guest));
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    let mut source = spec.start().unwrap();
+    source.wait_for_round(2, DEADLINE).unwrap();
+    save(&source, &image);
+    let round = source.serial.latest_round().unwrap();
+    drop(source);
+    let clause = "this QEMU cannot map an image: 8.2 is the first that can";
+    for mode in [Mode::Map, Mode::Auto] {
+        rustix::fs::fadvise(File::open(&image).unwrap(), 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        let home = tempfile::tempdir().unwrap();
+        let mut command = vec![spec.program.clone().into_os_string()];
+        command.extend(spec.machine_args(home.path()).unwrap());
+        let stderr = home.path().join("stderr.log");
+        let mut serial = Serial::open(&QemuSpec::serial_path(home.path()), &stderr).unwrap();
+        let target = Target::Launch { command, log: None, foreground: false };
+        let settings =
+            RestoreSettings { mode, record: Record::Running, ..RestoreSettings::new(&image, target) };
+        match vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved) {
+            Err(error) => {
+                assert_eq!(mode, Mode::Map, "{}", error.chain());
+                assert_eq!((error.kind(), error.to_string().as_str()), (Kind::Unsupported, clause));
+                assert_eq!(error.hint_text(), Some("restore with --mode eager"));
+            }
+            Ok(report) => {
+                assert_eq!((mode, report.mode), (Mode::Auto, Mode::Eager));
+                assert_eq!(report.mode_reason.as_deref(), Some(clause));
+                serial.wait_for_round(round + 2, None, DEADLINE).unwrap();
+                let pid = report.qemu_pid.and_then(|pid| rustix::process::Pid::from_raw(pid as i32));
+                rustix::process::kill_process(pid.unwrap(), rustix::process::Signal::KILL).unwrap();
+            }
         }
     }
 }

@@ -258,6 +258,17 @@ fn an_image_on_a_block_device_is_whole_whatever_was_there() {
             assert!((round..=round + 1).contains(&pattern.round), "{pattern:?} after round {round}");
         }
         is_loaded_by_stock_qemu_and_by_vmstate(&spec, &device.path, start, StockLoad::BEST, round);
+
+        // Before there is a QEMU: this one is nowhere.
+        let target = Target::Launch { command: vec!["/no/such/qemu".into()], log: None, foreground: false };
+        let settings = RestoreSettings {
+            mode: vmstate::Mode::Map,
+            offset: start,
+            ..RestoreSettings::new(&device.path, target)
+        };
+        let error = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap_err();
+        let clause = format!("{} is a device, which QEMU does not map", device.path.display());
+        assert_eq!((error.kind(), error.to_string()), (Kind::Unsupported, clause));
     }
 }
 

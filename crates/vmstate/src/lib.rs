@@ -32,10 +32,10 @@ pub use error::{Error, Kind, Result};
 pub use io::{Cancel, Owner};
 pub use job::{
     CompareSettings, Compared, Comparison, ConvertReport, ConvertSettings, DeviceStateBy, DirectIo, Estimate,
-    FaultReport, Mode, Observer, Pace, Phases, Progress, ProgressReading, Record, Rehearsal, RestoreReport,
-    RestoreSettings, ResumeReport, ResumeSettings, SaveFormat, SaveReport, SaveSettings, Target, Then,
-    Unobserved, Via, check, check_at, compare, compare_files, convert, info, info_at, rehearse, restore,
-    resume, save,
+    FaultReport, Mode, Observer, Pace, Phases, Progress, ProgressReading, ReadySerial, Record, Rehearsal,
+    RestoreReport, RestoreSettings, ResumeReport, ResumeSettings, SaveFormat, SaveReport, SaveSettings,
+    Target, Then, Unobserved, Via, check, check_at, compare, compare_files, convert, info, info_at, rehearse,
+    restore, resume, save,
 };
 pub use job::{DomainRestoreReport, DomainRestoreSettings, managed_image, restore_domain};
 pub use job::{TakeUpReport, TakeUpSettings, take_up};

@@ -98,6 +98,8 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
         rate_max: args.max_bandwidth,
         record: args.record.choice(),
         force: args.force,
+        ready: args.ready_serial,
+        wait: args.wait,
     };
     let cancel = cancel_on_signals()?;
     let told = Told::start(Reporter { verbose: args.report.verbose }, args.progress.progress)?;
@@ -124,6 +126,12 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
                 report.via.name()
             ),
         });
+        if let (Mode::Map, Some(resident)) = (report.mode, report.resident) {
+            line(format!("all of it was in the page cache after {}", time(resident)));
+        }
+        if let Some(ready) = report.guest_ready {
+            line(format!("its console said that it is ready after {}", time(ready)));
+        }
         if report.mode == Mode::Map {
             say(
                 "note: the image is the guest's memory now: rename it or remove it, but do not write into it",

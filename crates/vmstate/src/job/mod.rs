@@ -27,8 +27,8 @@ pub use inspect::{
 pub use progress::{Estimate, Pace, Progress, ProgressReading};
 pub use restore::{DomainRestoreReport, DomainRestoreSettings, restore_domain};
 pub use restore::{
-    FaultReport, Mode, Record, RestoreReport, RestoreSettings, TakeUpReport, TakeUpSettings, Target, restore,
-    take_up,
+    FaultReport, Mode, ReadySerial, Record, RestoreReport, RestoreSettings, TakeUpReport, TakeUpSettings,
+    Target, restore, take_up,
 };
 pub use resume::{ResumeReport, ResumeSettings, resume};
 pub use save::{

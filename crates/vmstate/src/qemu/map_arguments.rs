@@ -125,9 +125,12 @@ pub fn map_arguments(command: &[OsString], blocks: &[ImageBlock], path: &str) ->
 /// Whether an error of QEMU's says that it does not know what a mapped backend is told: `rom` came with 8.2,
 /// `offset` with 8.1.
 pub fn is_too_old_to_map(text: &str) -> bool {
-    ["rom", "offset"]
-        .iter()
-        .any(|property| text.contains(&format!("Property 'memory-backend-file.{property}' not found")))
+    // The latter is what 7.2 says, which knows the properties of each object from its schema.
+    ["rom", "offset"].iter().any(|property| {
+        text.contains(&format!("Property 'memory-backend-file.{property}' not found"))
+            || text.contains("memory-backend-file")
+                && text.contains(&format!("Invalid parameter '{property}'"))
+    })
 }
 
 /// The board's RAM among blocks that are no backend's: by name, or else the largest.
@@ -668,6 +671,8 @@ mod tests {
             ("-object …: Property 'memory-backend-file.offset' not found", true),
             ("Property 'memory-backend-file.rom' not found", true),
             ("Property 'memory-backend-ram.rom' not found", false),
+            ("-object memory-backend-file,id=pc.ram,rom=off: Invalid parameter 'rom'", true),
+            ("-object memory-backend-ram,id=pc.ram,rom=off: Invalid parameter 'rom'", false),
         ] {
             assert_eq!(is_too_old_to_map(text), expected, "{text}");
         }

@@ -16,6 +16,8 @@ use crate::{Error, Kind, Result};
 
 /// How much of what lies under pages that are not in the image is read at once.
 const CHUNK: usize = 1 << 20;
+/// What mends an image that cannot be mapped.
+const EAGER_HINT: &str = "restore with --mode eager";
 
 /// What a stream carries of a block.
 #[derive(Debug)]
@@ -34,14 +36,17 @@ pub(super) enum Share {
 /// [`Kind::Unsupported`] where none can be: an image on a device, or one whose pages do not lie on whole pages
 /// of the host.
 pub(super) fn candidates(image: &MappedRamFile) -> Result<Vec<ImageBlock>> {
-    let eager = "restore with --mode eager";
     let found = image.file().metadata().map_err(|error| Error::io("cannot stat the image", error))?;
     if found.file_type().is_block_device() {
         let clause = format!("{} is a device, which QEMU does not map", image.path().display());
-        return Err(Error::new(Kind::Unsupported, clause).hint(eager));
+        return Err(Error::new(Kind::Unsupported, clause).hint(EAGER_HINT));
     }
-    let host = rustix::param::page_size() as u64;
-    let blocks = image.layout().blocks.iter().filter(|block| !block.is_ignored());
+    on_whole_pages(&image.layout().blocks, rustix::param::page_size() as u64)
+}
+
+/// Those of the blocks whose pages lie on whole pages of a host that has pages of `host` bytes.
+fn on_whole_pages(blocks: &[BlockPlacement], host: u64) -> Result<Vec<ImageBlock>> {
+    let blocks = blocks.iter().filter(|block| !block.is_ignored());
     let aligned = |block: &&BlockPlacement| {
         block.pages.start.is_multiple_of(host) && block.used_length.is_multiple_of(host)
     };
@@ -51,7 +56,7 @@ pub(super) fn candidates(image: &MappedRamFile) -> Result<Vec<ImageBlock>> {
             "the pages of `{}` start at {:#x} of the image, which is amid a page of the host",
             block.name, block.pages.start
         );
-        return Err(Error::new(Kind::Unsupported, clause).hint(eager));
+        return Err(Error::new(Kind::Unsupported, clause).hint(EAGER_HINT));
     }
     Ok(blocks
         .filter(aligned)
@@ -174,4 +179,43 @@ fn stale_pages(image: &MappedRamFile, block: &BlockPlacement) -> Result<PageSet>
         None => look(next, pages),
     }?;
     Ok(stale)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use page::PageSize;
+    use wire::{FileRange, IdStr};
+
+    fn block(name: &str, pages_at: u64, length: u64) -> BlockPlacement {
+        BlockPlacement {
+            name: IdStr::new(name).unwrap(),
+            used_length: length,
+            page_size: PageSize::X86,
+            header_at: 0x100,
+            address: None,
+            bitmap: FileRange::of_len(0x200, 8).unwrap(),
+            pages: FileRange::of_len(pages_at, length).unwrap(),
+        }
+    }
+
+    #[test]
+    fn pages_amid_a_page_of_the_host_are_refused_for_the_ram_and_left_out_for_the_rest() {
+        let found = |ram_at, rom_at, host| {
+            on_whole_pages(&[block("rom", rom_at, 0x1000), block("pc.ram", ram_at, 0x10_0000)], host)
+        };
+        let names = |blocks: Vec<ImageBlock>| blocks.into_iter().map(|b| b.name).collect::<Vec<_>>();
+        assert_eq!(names(found(0x10_0000, 0x1000, 4096).unwrap()), ["rom", "pc.ram"]);
+        assert_eq!(names(found(0x10_0000, 0x1200, 4096).unwrap()), ["pc.ram"]);
+        // An image of a host with small pages, on one with pages of 64 KiB.
+        assert_eq!(names(found(0x10_0000, 0x1_0000, 65536).unwrap()), ["pc.ram"]);
+        for (at, host) in [(0x10_0200, 4096), (0x10_1000, 65536)] {
+            let error = found(at, 0x1000, host).unwrap_err();
+            assert_eq!(error.kind(), Kind::Unsupported);
+            let clause = format!(
+                "the pages of `pc.ram` start at {at:#x} of the image, which is amid a page of the host"
+            );
+            assert_eq!((error.to_string(), error.hint_text()), (clause, Some(EAGER_HINT)));
+        }
+    }
 }

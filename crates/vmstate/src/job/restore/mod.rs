@@ -7,6 +7,8 @@ mod fit;
 mod lazy;
 mod map;
 mod mode;
+mod prefetch;
+mod ready;
 mod zero;
 
 use std::ffi::OsString;
@@ -25,6 +27,8 @@ pub use self::lazy::{FaultReport, TakeUpReport, TakeUpSettings, take_up};
 use self::map::Share;
 pub use self::mode::Mode;
 use self::mode::Plan;
+use self::ready::Listener;
+pub use self::ready::ReadySerial;
 use self::zero::{Verified, verify_zero};
 use super::save::{CHANNELS_MAX, QEMU_CHANNELS, default_channels};
 use super::{DirectIo, Observer, Phases, Stopwatch, Via, note_engine};
@@ -93,6 +97,11 @@ pub struct RestoreSettings {
     pub record: Record,
     /// Whether a target is taken that does not fit in ways that may be meant: other devices, changed disks.
     pub force: bool,
+    /// What the guest says on its console when it is ready: the restore waits for that, if the guest runs.
+    pub ready: Option<ReadySerial>,
+    /// Whether the restore ends only when the guest's memory is resident. Of a mapped guest that is when the image is
+    /// in the page cache; in the other modes it is so in any case.
+    pub wait: bool,
 }
 
 impl RestoreSettings {
@@ -109,6 +118,8 @@ impl RestoreSettings {
             rate_max: None,
             record: Record::AsItWas,
             force: false,
+            ready: None,
+            wait: false,
         }
     }
 }
@@ -138,10 +149,12 @@ pub struct RestoreReport {
     pub first_instruction: Duration,
     /// From QEMU being ready until then.
     pub first_instruction_from_ready: Duration,
-    /// From the call until the guest was seen to go on; `None` where nobody asked for that.
+    /// From the call until the guest's console said what [`RestoreSettings::ready`] names; `None` where nobody asked,
+    /// or where the guest does not run.
     pub guest_ready: Option<Duration>,
-    /// From the call until all memory was resident: for an eager restore the moment of the first instruction;
-    /// `None` for a mapped guest, whose memory comes as it is asked for.
+    /// From the call until all memory was resident: for an eager restore the moment of the first instruction, for a
+    /// lazy one when the last page had been sent. A mapped guest's memory comes as it is asked for: `None`, or with
+    /// [`RestoreSettings::wait`] when all of the image was in the page cache.
     pub resident: Option<Duration>,
     /// How the guest's own requests for pages fared; of a lazy restore only.
     pub faults: Option<FaultReport>,
@@ -206,44 +219,46 @@ pub fn restore(
     let (mut session, launched, plan) = start(settings, plan, cancel, observer)?;
     let ready = Instant::now();
     let mut let_go = false;
-    let outcome = load(
-        settings,
-        plan,
-        (&image, data_bytes),
-        &pair,
-        launched.as_ref(),
-        &mut session,
-        cancel,
-        &mut watch,
-        &mut let_go,
-    );
-    watch.phase("settle");
-    let qemu_pid = launched.as_ref().map(Launched::pid).or_else(|| session.client.listener_pid());
-    let Loaded { mode, mode_reason, via, reason, run_state, running_at, resident_at, faults, read_bytes } =
-        match (outcome, launched.as_ref()) {
-            (Ok(loaded), _) => loaded,
-            // It is ended in a moment, and may not answer before: a load keeps QEMU's monitor busy to its end.
-            (Err(error), Some(_)) if !let_go => {
-                session.abandon();
-                return Err(match launched {
-                    Some(launched) => launched.give_up(error),
-                    None => error,
-                });
+    // It has to listen before the guest can speak.
+    let qemu = launched.as_ref().map(Launched::pid).or_else(|| session.client.listener_pid());
+    let (listener, outcome) =
+        match settings.ready.as_ref().map(|ready| Listener::start(ready, qemu)).transpose() {
+            Ok(listener) => {
+                let outcome = load(
+                    settings,
+                    plan,
+                    (&image, data_bytes),
+                    &pair,
+                    launched.as_ref(),
+                    &mut session,
+                    cancel,
+                    &mut watch,
+                    &mut let_go,
+                );
+                (listener, outcome)
             }
-            (Err(error), _) => {
-                if let Err(worse) = session.settle() {
-                    observer.warn(&format!("cleaning up failed as well: {}", worse.chain()));
-                }
-                // A lazy restore says itself what is to be done.
-                let pid = qemu_pid.filter(|_| let_go && error.hint_text() != Some(lazy::TAKE_UP_HINT));
-                return Err(match pid {
-                    Some(pid) => {
-                        error.hint(format!("the guest may run: QEMU, process {pid}, was left alone"))
-                    }
-                    None => error,
-                });
-            }
+            Err(error) => (None, Err(error)),
         };
+    watch.phase("settle");
+    let mut loaded = match (outcome, launched.as_ref()) {
+        (Ok(loaded), _) => loaded,
+        // It is ended in a moment, and may not answer before: a load keeps QEMU's monitor busy to its end.
+        (Err(error), Some(_)) if !let_go => {
+            session.abandon();
+            return Err(match launched {
+                Some(launched) => launched.give_up(error),
+                None => error,
+            });
+        }
+        (Err(error), _) => {
+            if let Err(worse) = session.settle() {
+                observer.warn(&format!("cleaning up failed as well: {}", worse.chain()));
+            }
+            // A lazy restore says itself what is to be done.
+            let pid = qemu.filter(|_| let_go && error.hint_text() != Some(lazy::TAKE_UP_HINT));
+            return Err(left_alone(error, pid));
+        }
+    };
     // The guest is there, and may run: what could not be put back is worth a word, not the guest.
     if let Err(worse) = session.settle() {
         observer.warn(&format!("QEMU's own settings were not all put back: {}", worse.chain()));
@@ -252,6 +267,12 @@ pub fn restore(
         Some(launched) => (launched.user_qmp(), launched.leave()),
         None => (None, None),
     };
+    let ready_at = linger(settings, (&image, data_bytes), listener, &mut loaded, &mut watch, cancel)
+        .map_err(|error| left_alone(error, qemu))?;
+    let Loaded { mode, mode_reason, via, reason, run_state, running_at, resident_at, faults, read_bytes } =
+        loaded;
+    // QEMU says that the guest runs when it does already: one that was heard before has run by then.
+    let running_at = ready_at.map_or(running_at, |at| at.min(running_at));
     let started = watch.started;
     let (phases, _) = watch.finish();
     let is_eager = mode == Mode::Eager;
@@ -264,7 +285,7 @@ pub fn restore(
         mode_reason,
         via,
         reason,
-        qemu_pid,
+        qemu_pid: qemu,
         qmp: match &settings.target {
             Target::Waiting(address) => Some(address.to_string()),
             Target::Launch { .. } => user_qmp,
@@ -274,13 +295,57 @@ pub fn restore(
         run_state,
         first_instruction: running_at.duration_since(started),
         first_instruction_from_ready: running_at.duration_since(ready),
-        guest_ready: None,
+        guest_ready: ready_at.map(|at| at.duration_since(started)),
         resident: resident_at.map(|at| at.duration_since(started)),
         faults,
         read_bytes,
         phases,
         foreground,
     })
+}
+
+/// The error of a restore whose guest may run all the same.
+fn left_alone(error: Error, qemu: Option<u32>) -> Error {
+    match qemu {
+        Some(pid) => error.hint(format!("the guest may run: QEMU, process {pid}, was left alone")),
+        None => error,
+    }
+}
+
+/// Waits for what was to be waited for although the guest is there: that the image is in the page cache, and that the
+/// guest says that it is ready. When it said so.
+fn linger(
+    settings: &RestoreSettings,
+    (image, data_bytes): (&Image, u64),
+    listener: Option<Listener>,
+    loaded: &mut Loaded,
+    watch: &mut Stopwatch<'_>,
+    cancel: &Cancel,
+) -> Result<Option<Instant>> {
+    if let (true, Mode::Map, Image::MappedRam(image)) = (settings.wait, loaded.mode, image) {
+        watch.phase("prefetch");
+        let is_held =
+            prefetch::prefetch(image, data_bytes, watch.progress.counters(), watch.observer, cancel)?;
+        loaded.resident_at = is_held.then(Instant::now);
+        loaded.read_bytes = data_bytes;
+        watch.progress.complete();
+    }
+    let Some(mut listener) = listener else { return Ok(None) };
+    watch.phase("ready");
+    if loaded.run_state == "running" {
+        return match listener.wait(cancel)? {
+            None => Err(Error::interrupted()),
+            heard => Ok(heard),
+        };
+    }
+    // It may have run, and said it, and stopped since.
+    let heard = listener.heard()?;
+    if heard.is_none() {
+        let clause =
+            format!("the guest is {}: nobody waited until its console says it is ready", loaded.run_state);
+        watch.observer.warn(&clause);
+    }
+    Ok(heard)
 }
 
 /// Starts the target, or connects to it. Where it turns out not to know how to map an image, and nobody asked
@@ -383,7 +448,8 @@ fn load(
         Way::Mapped(image, shares) => carried_bytes(image, shares)?,
         _ => data_bytes,
     };
-    progress.expect(read_bytes);
+    let is_prefetched = settings.wait && matches!(way, Way::Mapped(..));
+    progress.expect(if is_prefetched { data_bytes } else { read_bytes });
     if matches!(way, Way::Qemu | Way::Stream) {
         // Its monitor is silent during a load of mapped-ram: what QEMU has read, the kernel knows. Whose process it
         // is has to be proven, since another's reads would be told as ours.
@@ -424,7 +490,9 @@ fn load(
         }
     }
 
-    watch.progress.complete();
+    if !is_prefetched {
+        watch.progress.complete();
+    }
 
     watch.phase("verify");
     if let Verified::Unseen(reason) = verify_zero(image, session, pid)? {
