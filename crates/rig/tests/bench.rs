@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use lab::bench::{
-    Backend, BenchReport, BenchSettings, Job, Load, Rival, Style, Verdict, Way, bench, render, svg,
+    Backend, BenchReport, BenchSettings, Job, Load, ModesSettings, Rival, Style, Verdict, Way, bench, clones,
+    modes, render, render_clones, render_modes, svg,
 };
 use lab::demo::Narrator;
 use vmstate::{Cancel, Kind};
@@ -123,4 +124,65 @@ fn a_run_that_is_interrupted_leaves_nothing() {
         assert!(said.last().is_some_and(|last| last.contains(words)), "{said:?}");
         assert_eq!(std::fs::read_dir(directory.path()).expect("the directory").count(), 0, "{words}");
     }
+}
+
+#[test]
+fn every_mode_of_a_restore_has_its_row() {
+    let directory = directory();
+    let settings = ModesSettings {
+        sizes_mib: vec![64, 96],
+        rounds: 1,
+        directory: directory.path().to_owned(),
+        time_limit: None,
+    };
+    let cancel = Cancel::new().expect("an eventfd");
+    let report = modes(&settings, &cancel, &Silent).unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!(std::fs::read_dir(directory.path()).expect("the directory").count(), 0, "images were left");
+    let found: Vec<_> = report.rows.iter().map(|row| (row.is_dirty, row.memory_mib, row.mode)).collect();
+    let modes = ["QEMU", "eager", "map", "map --wait", "lazy", "ceiling"];
+    let mut expected = Vec::new();
+    for is_dirty in [false, true] {
+        for &mib in &settings.sizes_mib {
+            let modes = if is_dirty { &modes[..] } else { &modes[..5] };
+            expected.extend(modes.iter().map(|mode| (is_dirty, mib, *mode)));
+        }
+    }
+    assert_eq!(found, expected);
+    for row in &report.rows {
+        assert_eq!(row.rounds, 1);
+        let is_ceiling = row.mode == "ceiling";
+        assert_eq!(row.first_instruction_ms.is_none(), is_ceiling, "{row:?}");
+        assert_eq!(row.guest_ready_ms.is_none(), is_ceiling, "{row:?}");
+        assert!(row.from_ready_ms <= row.first_instruction_ms, "{row:?}");
+        assert!(is_ceiling || row.first_instruction_ms <= row.guest_ready_ms, "{row:?}");
+        assert_eq!(row.resident_ms.is_none(), row.mode == "map", "{row:?}");
+        // What is mapped was not read, and what is waited for was.
+        let reads_all = matches!(row.mode, "eager" | "map --wait" | "lazy");
+        let least = if row.is_dirty { (row.memory_mib - 8) * MIB } else { 8 * MIB };
+        assert_eq!(row.read_bytes >= least, reads_all, "{row:?}");
+    }
+    let says = |mode: &str| report.notes.iter().any(|note| note.starts_with(&format!("{mode}: first instr")));
+    assert!(says("map") && says("lazy"), "{:?}", report.notes);
+    let text = render_modes(&report, Style::Markdown);
+    assert_eq!(text.lines().filter(|line| line.starts_with("| ")).count(), 2 + report.rows.len(), "{text}");
+}
+
+#[test]
+fn what_clones_cost_is_counted_once_for_all_and_for_each() {
+    let directory = directory();
+    let cancel = Cancel::new().expect("an eventfd");
+    let rows = clones(&[1, 2], 64, directory.path(), &cancel, &Silent)
+        .unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!(std::fs::read_dir(directory.path()).expect("the directory").count(), 0, "images were left");
+    let found: Vec<_> = rows.iter().map(|row| (row.clones, row.mode)).collect();
+    let modes = ["eager", "map", "map, all read"];
+    assert_eq!(found, [1, 2].map(|count| modes.map(|mode| (count, mode))).concat());
+    let of = |clones, mode| rows.iter().find(|row| (row.clones, row.mode) == (clones, mode)).expect(mode);
+    // Two that were read into memory of their own take the guest's twice, two that share an image once.
+    let guest = 48 * MIB;
+    assert!(of(2, "eager").own_bytes >= 2 * guest, "{rows:?}");
+    assert!(of(2, "map, all read").own_bytes < 2 * guest, "{rows:?}");
+    assert!(of(2, "map, all read").resident_bytes >= 2 * guest, "{rows:?}");
+    assert!(of(2, "map, all read").together_bytes < of(2, "eager").together_bytes, "{rows:?}");
+    assert_eq!(render_clones(&rows, Style::Text).lines().count(), 1 + rows.len());
 }

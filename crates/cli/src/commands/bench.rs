@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lab::bench::{
-    Backend, BenchSettings, DomainBenchSettings, Style, render, render_clones, render_domain, render_modes,
-    svg,
+    Backend, BenchSettings, DomainBenchSettings, ModesSettings, Style, render, render_clones, render_domain,
+    render_modes, svg,
 };
 use lab::demo::Narrator;
 use serde::Serialize;
@@ -19,6 +19,8 @@ use crate::signals::cancel_on_signals;
 
 /// How long a run may take that was not told how often to measure.
 const TIME_LIMIT: Duration = Duration::from_secs(9 * 60);
+/// The same for the modes of a restore.
+const MODES_TIME_LIMIT: Duration = Duration::from_secs(4 * 60);
 const ROUNDS: u16 = 9;
 const REPEATS: u16 = 3;
 /// As few as show that everything works.
@@ -47,9 +49,15 @@ pub fn run(args: &Bench) -> vmstate::Result<Outcome> {
     }
     let style = if args.markdown { Style::Markdown } else { Style::Text };
     if let Some(sizes) = &args.restore_modes {
-        let rounds = args.rounds.unwrap_or(if args.quick { ROUNDS_QUICK } else { ROUNDS });
-        let rows = lab::bench::modes(sizes, rounds.into(), &directory, &cancel, &Teller)?;
-        return tell(args, &rows, || render_modes(&rows, style));
+        let rounds = args.rounds.unwrap_or(if args.quick { 1 } else { ROUNDS });
+        let settings = ModesSettings {
+            sizes_mib: sizes.clone(),
+            rounds: rounds.into(),
+            directory,
+            time_limit: args.rounds.is_none().then_some(MODES_TIME_LIMIT),
+        };
+        let report = lab::bench::modes(&settings, &cancel, &Teller)?;
+        return tell(args, &report, || render_modes(&report, style));
     }
     if let Some(counts) = &args.clones {
         let counts: Vec<usize> = counts.iter().map(|count| usize::from(*count)).collect();

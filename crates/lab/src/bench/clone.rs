@@ -3,18 +3,18 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{Pid, WaitOptions, waitpid};
 use tempfile::TempDir;
 use vmstate::net::QmpAddress;
 use vmstate::qmp::Client;
 use vmstate::{
-    Cancel, Error, Kind, Mode, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Then,
+    Cancel, Error, Kind, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Then,
     Unobserved, Via,
 };
 
-use crate::{Guest, GuestSettings, MachineKind, QemuSpec, Serial};
+use crate::{Guest, GuestSettings, MachineKind, QemuSpec};
 
 /// How long a guest may take to fill its memory, or to go through all of it once more.
 const DEADLINE: Duration = Duration::from_secs(600);
@@ -43,15 +43,17 @@ pub fn make_image(spec: &QemuSpec, image: &Path, cancel: &Cancel) -> Result<u32>
 pub struct Clone {
     /// What its restore said.
     pub report: RestoreReport,
-    /// When the restore was called.
-    called: Instant,
     home: TempDir,
-    serial: Serial,
 }
 
 impl Clone {
-    /// Starts one with a console, a monitor and a directory of its own.
-    pub fn start(spec: &QemuSpec, image: &Path, mode: Mode, cancel: &Cancel) -> Result<Clone> {
+    /// Starts one with a console, a monitor and a directory of its own, which `change` is told.
+    pub fn start(
+        spec: &QemuSpec,
+        image: &Path,
+        cancel: &Cancel,
+        change: impl FnOnce(&mut RestoreSettings, &Path),
+    ) -> Result<Clone> {
         let home = tempfile::Builder::new()
             .prefix("vmstate-clone-")
             .tempdir()
@@ -60,21 +62,11 @@ impl Clone {
         command.extend(spec.machine_args(home.path()).map_err(failed)?);
         let qmp = format!("unix:{},server=on,wait=off", home.path().join(QMP).display());
         command.extend(["-qmp", &qmp].map(OsString::from));
-        let serial = Serial::open(&QemuSpec::serial_path(home.path()), &home.path().join("stderr.log"));
-        let serial = serial.map_err(failed)?;
         let target = Target::Launch { command, log: None, foreground: false };
-        let settings =
-            RestoreSettings { mode, record: Record::Running, ..RestoreSettings::new(image, target) };
-        let called = Instant::now();
+        let mut settings = RestoreSettings { record: Record::Running, ..RestoreSettings::new(image, target) };
+        change(&mut settings, home.path());
         let report = vmstate::restore(&settings, cancel, &Unobserved)?;
-        Ok(Clone { report, called, home, serial })
-    }
-
-    /// Waits until it has finished a round more than `round`, in which it has looked at all of its memory. From
-    /// the call of the restore until then.
-    pub fn goes_on_from(&mut self, round: u32) -> Result<Duration> {
-        self.serial.wait_for_round(round + 1, None, DEADLINE).map_err(failed)?;
-        Ok(self.called.elapsed())
+        Ok(Clone { report, home })
     }
 
     /// Has QEMU read all of the guest's memory once, which changes none of it.

@@ -7,6 +7,7 @@
 mod budget;
 mod clone;
 mod domain;
+mod fleet;
 mod guests;
 mod measure;
 mod meter;
@@ -26,7 +27,8 @@ use serde::Serialize;
 
 pub use budget::{Budget, Rival, Verdict};
 pub use domain::{DomainBenchSettings, DomainRow, domain, render_domain};
-pub use modes::{CloneRow, ModeRow, clones, modes, render_clones, render_modes};
+pub use fleet::{CloneRow, clones, render_clones};
+pub use modes::{ModeRow, ModesReport, ModesSettings, modes, render_modes};
 pub use plot::svg;
 pub use run::bench;
 pub use statistics::Interval;

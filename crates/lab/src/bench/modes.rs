@@ -1,196 +1,311 @@
-//! The modes of a restore beside each other, over guests of several sizes; and many clones of one guest.
+//! The modes of a restore and QEMU's own load beside each other, over guests of several sizes.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use vmstate::{Cancel, Error, Mode, Result};
+use vmstate::job::ceiling;
+use vmstate::qmp::Client;
+use vmstate::{Cancel, Error, Mode, ReadySerial, Result, net::QmpAddress};
 
-use super::clone::{Clone, Memory, available_bytes, make_image, spec};
+use super::Way;
+use super::clone::{Clone, available_bytes, failed, make_image, spec};
 use super::measure::leave_cache;
+use super::room::Room;
 use super::statistics::median;
+use super::stock::{self, Abilities};
 use super::table::{Cells, Style, lay_out};
-use crate::GuestSettings;
 use crate::demo::Narrator;
+use crate::{GuestSettings, Incoming, QemuSpec};
 
 /// What an idle guest owns, in pages: 8 MiB.
 const IDLE_PAGES: u32 = 2048;
+/// How long a guest may take to go through all of its memory once more.
+const DEADLINE: Duration = Duration::from_secs(600);
+/// What the images take on their disk beside the guest's memory, in MiB.
+const MARGIN_MIB: u64 = 256;
+/// What an idle guest takes of the time there is, in MiB of a dirty one.
+const IDLE_WEIGHT_MIB: u64 = 256;
 
-/// One mode with guests of one size.
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct ModesSettings {
+    /// The sizes of the guests in MiB.
+    pub sizes_mib: Vec<u64>,
+    /// How often each way is measured, at most.
+    pub rounds: usize,
+    /// Where the images go.
+    pub directory: PathBuf,
+    /// How long all of it may take, about: there are fewer rounds then, and one at the least for each guest that
+    /// there is time to boot.
+    pub time_limit: Option<Duration>,
+}
+
+/// What was measured.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ModesReport {
+    /// By load, size and way.
+    pub rows: Vec<ModeRow>,
+    /// What was left out and why, and what the rows say of the promise that the size does not matter.
+    pub notes: Vec<String>,
+    /// How long it took.
+    pub took_s: f64,
+}
+
+/// One way with guests of one size.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ModeRow {
     /// The guest's memory in MiB.
     pub memory_mib: u64,
     /// Whether it has filled all of it, or 8 MiB.
     pub is_dirty: bool,
-    /// `eager` or `map`.
+    /// `eager`, `map`, `map --wait`, `lazy`, `QEMU` for its own load, or `ceiling`: the lanes read the image past the
+    /// page cache, for nobody.
     pub mode: &'static str,
-    /// From the call until the guest could run: the median.
-    pub first_instruction_ms: f64,
+    /// From the call until the guest could run: the median. That of QEMU's own load begins when QEMU is started.
+    pub first_instruction_ms: Option<f64>,
     /// From QEMU being ready until then: the median.
-    pub from_ready_ms: f64,
+    pub from_ready_ms: Option<f64>,
     /// The fastest of them, which the machine's other work disturbed least.
-    pub from_ready_ms_min: f64,
-    /// From the call until the guest has gone through all the memory that it owns.
-    pub all_seen_ms: f64,
+    pub from_ready_ms_min: Option<f64>,
+    /// From the call until the guest has gone through all the memory that it owns, and said so.
+    pub guest_ready_ms: Option<f64>,
+    /// From the call until all memory was there: in the guest, or with `map --wait` in the page cache.
+    pub resident_ms: Option<f64>,
     /// What the restore itself has read of the guest's pages.
     pub read_bytes: u64,
-    /// How many restores.
+    /// How often it was measured.
     pub rounds: usize,
 }
 
-/// A number of clones of one guest.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct CloneRow {
-    /// How many.
-    pub clones: usize,
-    /// `eager`, `map`, or `map, all read`: after each of them has read all of its memory.
-    pub mode: &'static str,
-    /// From the first call until all of them could run, one started after the other.
-    pub all_run_ms: f64,
-    /// From a clone's call until it could run: the median.
-    pub first_instruction_ms: f64,
-    /// The resident memory of all, each page counted for everyone who has it.
-    pub resident_bytes: u64,
-    /// The memory that they take together.
-    pub together_bytes: u64,
-    /// What of it is each one's own.
-    pub own_bytes: u64,
+/// What is measured in every round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Contender {
+    Qemu,
+    Eager,
+    Map,
+    MapWait,
+    Lazy,
+    Ceiling,
 }
 
-/// Restores guests of every size, `rounds` times in each mode and in turn, from an image that is not in the page
-/// cache.
+impl Contender {
+    const ALL: [Contender; 6] = [
+        Contender::Qemu,
+        Contender::Eager,
+        Contender::Map,
+        Contender::MapWait,
+        Contender::Lazy,
+        Contender::Ceiling,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Contender::Qemu => "QEMU",
+            Contender::Eager => "eager",
+            Contender::Map => "map",
+            Contender::MapWait => "map --wait",
+            Contender::Lazy => "lazy",
+            Contender::Ceiling => "ceiling",
+        }
+    }
+}
+
+/// One measurement, in milliseconds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sample {
+    first_instruction: Option<f64>,
+    from_ready: Option<f64>,
+    guest_ready: Option<f64>,
+    resident: Option<f64>,
+    read_bytes: u64,
+}
+
+/// A guest of one size, saved.
+struct Saved<'a> {
+    spec: QemuSpec,
+    image: &'a Path,
+    round: u32,
+    direct_io: bool,
+}
+
+/// Restores guests of every size in each mode and by QEMU alone, in turn, from an image that is not in the page cache.
 ///
 /// # Errors
 /// Whatever keeps it from succeeding.
-pub fn modes(
-    sizes_mib: &[u64],
-    rounds: usize,
-    directory: &Path,
-    cancel: &Cancel,
-    narrator: &dyn Narrator,
-) -> Result<Vec<ModeRow>> {
-    let dir = images(directory)?;
+pub fn modes(settings: &ModesSettings, cancel: &Cancel, narrator: &dyn Narrator) -> Result<ModesReport> {
+    let started = Instant::now();
+    let dir = images(&settings.directory)?;
     let image = dir.path().join("vm.img");
-    let mut rows = Vec::new();
-    for is_dirty in [false, true] {
-        for &memory_mib in sizes_mib {
-            let load = if is_dirty { "dirty" } else { "idle" };
-            // A dirty guest is there twice for a moment, in memory and in the cache.
-            if is_dirty && available_bytes() >> 20 < memory_mib * 3 / 2 {
-                narrator.tell(&format!("a dirty guest of {memory_mib} MiB does not fit into this machine"));
-                continue;
+    let direct_io = ceiling::takes_direct_io(dir.path())?;
+    let (mut rows, mut notes) = (Vec::new(), Vec::new());
+    let mut guests: Vec<(bool, u64)> = [false, true]
+        .into_iter()
+        .flat_map(|is_dirty| settings.sizes_mib.iter().map(move |&memory_mib| (is_dirty, memory_mib)))
+        .collect();
+    guests.reverse();
+    while let Some((is_dirty, memory_mib)) = guests.pop() {
+        let name = format!("{} guest of {memory_mib} MiB", if is_dirty { "dirty" } else { "idle" });
+        if let Some(reason) = lacks_room(is_dirty, memory_mib, &settings.directory)? {
+            notes.push(format!("no {name}: {reason}"));
+            continue;
+        }
+        // Whoever is larger gets more of the time that is left.
+        let weight = |is_dirty: bool, mib: u64| if is_dirty { mib } else { IDLE_WEIGHT_MIB };
+        let all: u64 = guests.iter().map(|&(d, m)| weight(d, m)).sum::<u64>() + weight(is_dirty, memory_mib);
+        let begun = Instant::now();
+        let share = settings.time_limit.map(|limit| {
+            limit.saturating_sub(started.elapsed()).mul_f64(weight(is_dirty, memory_mib) as f64 / all as f64)
+        });
+        if share.is_some_and(|share| share.is_zero()) {
+            notes.push(format!("no {name}: there was no time left"));
+            continue;
+        }
+        narrator.tell(&name);
+        let guest = GuestSettings { fill_rounds: 1, ..GuestSettings::default() };
+        let guest = match is_dirty {
+            true => guest,
+            false => GuestSettings { pages_low_max: IDLE_PAGES, pages_high_max: 0, ..guest },
+        };
+        let spec = spec(memory_mib, guest);
+        let round = make_image(&spec, &image, cancel)?;
+        let saved = Saved { spec, image: &image, round, direct_io };
+        // Of an idle guest the file is nearly all hole, and what reads it says nothing.
+        let contenders = &Contender::ALL[..Contender::ALL.len() - usize::from(!is_dirty)];
+        let mut samples = vec![Vec::new(); contenders.len()];
+        for turn in 0..settings.rounds {
+            let before = Instant::now();
+            let mut order: Vec<usize> = (0..contenders.len()).collect();
+            if turn % 2 == 1 {
+                order.reverse();
             }
-            narrator.tell(&format!("{load} guest of {memory_mib} MiB"));
-            let all = GuestSettings { fill_rounds: 1, ..GuestSettings::default() };
-            let settings = match is_dirty {
-                true => all,
-                false => GuestSettings { pages_low_max: IDLE_PAGES, pages_high_max: 0, ..all },
-            };
-            let spec = spec(memory_mib, settings);
-            let round = make_image(&spec, &image, cancel)?;
-            let ways = [Mode::Eager, Mode::Map];
-            let mut samples = [const { Vec::new() }; 2];
-            let mut read_bytes = [0; 2];
-            for turn in 0..rounds {
-                let order = if turn % 2 == 0 { [0, 1] } else { [1, 0] };
-                for way in order {
-                    leave_cache(&image)?;
-                    let mut clone = Clone::start(&spec, &image, ways[way], cancel)?;
-                    let seen = clone.goes_on_from(round)?;
-                    let report = &clone.report;
-                    samples[way].push([report.first_instruction, report.first_instruction_from_ready, seen]);
-                    read_bytes[way] = report.read_bytes;
-                }
+            for index in order {
+                samples[index].push(measure(contenders[index], &saved, cancel)?);
             }
-            for (way, mode) in ways.iter().enumerate() {
-                let all = |i: usize| -> Vec<f64> {
-                    samples[way].iter().map(|times: &[Duration; 3]| ms(times[i])).collect()
-                };
-                let of = |i| median(&all(i));
-                rows.push(ModeRow {
-                    memory_mib,
-                    is_dirty,
-                    mode: mode.name(),
-                    first_instruction_ms: of(0),
-                    from_ready_ms: of(1),
-                    from_ready_ms_min: all(1).into_iter().fold(f64::INFINITY, f64::min),
-                    all_seen_ms: of(2),
-                    read_bytes: read_bytes[way],
-                    rounds,
-                });
+            if share.is_some_and(|share| begun.elapsed() + before.elapsed() > share) {
+                break;
             }
         }
+        rows.extend(contenders.iter().zip(&samples).map(|(c, s)| row(memory_mib, is_dirty, *c, s)));
     }
-    Ok(rows)
+    notes.extend(flatness(&rows));
+    Ok(ModesReport { rows, notes, took_s: started.elapsed().as_secs_f64() })
 }
 
-/// Starts clones of one guest that has filled its memory and halted, by each mode, and looks at what they cost.
-///
-/// # Errors
-/// Whatever keeps it from succeeding.
-pub fn clones(
-    counts: &[usize],
-    memory_mib: u64,
-    directory: &Path,
-    cancel: &Cancel,
-    narrator: &dyn Narrator,
-) -> Result<Vec<CloneRow>> {
-    let dir = images(directory)?;
-    let image = dir.path().join("vm.img");
-    let settings = GuestSettings { fill_rounds: 1, halt_after_round: 1, ..GuestSettings::default() };
-    let spec = spec(memory_mib, settings);
-    make_image(&spec, &image, cancel)?;
-    let mut rows = Vec::new();
-    for &count in counts {
-        for mode in [Mode::Eager, Mode::Map] {
-            // Eager clones have all of their memory each; half of what is left shall stay for others.
-            if mode == Mode::Eager && (count as u64 * memory_mib) << 20 > available_bytes() / 2 {
-                narrator.tell(&format!("{count} eager clones would take too much of this machine's memory"));
-                continue;
-            }
-            narrator.tell(&format!("{count} clones, {}", mode.name()));
-            leave_cache(&image)?;
-            let start = Instant::now();
-            let mut fleet = Vec::with_capacity(count);
-            for _ in 0..count {
-                fleet.push(Clone::start(&spec, &image, mode, cancel)?);
-            }
-            let all_run_ms = ms(start.elapsed());
-            let times: Vec<f64> = fleet.iter().map(|clone| ms(clone.report.first_instruction)).collect();
-            let row = |mode, memory: Memory| CloneRow {
-                clones: count,
-                mode,
-                all_run_ms,
-                first_instruction_ms: median(&times),
-                resident_bytes: memory.resident,
-                together_bytes: memory.proportional,
-                own_bytes: memory.own,
-            };
-            let memory = || fleet.iter().fold(Memory::default(), |sum, clone| sum.plus(clone.memory()));
-            rows.push(row(mode.name(), memory()));
-            if mode == Mode::Map {
-                for clone in &fleet {
-                    clone.read_all(memory_mib, cancel)?;
-                }
-                rows.push(row("map, all read", memory()));
-            }
+/// Why such a guest is left out; `None` where there is room.
+fn lacks_room(is_dirty: bool, memory_mib: u64, directory: &Path) -> Result<Option<String>> {
+    if !is_dirty {
+        return Ok(None);
+    }
+    // It is there twice for a moment, in memory and in the cache.
+    let (has, needs) = (available_bytes() >> 20, memory_mib * 3 / 2);
+    if has < needs {
+        return Ok(Some(format!("this machine has {has} MiB of memory left, it takes {needs}")));
+    }
+    let (has, needs) = (Room::found(directory)?.disk_mib, memory_mib + MARGIN_MIB);
+    Ok((has < needs).then(|| format!("{} has {has} MiB left, it takes {needs}", directory.display())))
+}
+
+fn measure(contender: Contender, saved: &Saved<'_>, cancel: &Cancel) -> Result<Sample> {
+    leave_cache(saved.image)?;
+    let (mode, wait) = match contender {
+        Contender::Qemu => return by_qemu(saved, cancel),
+        Contender::Ceiling => {
+            let took = ceiling::read(saved.image, cancel)?;
+            return Ok(Sample { resident: Some(ms(took)), ..Sample::default() });
         }
-    }
-    Ok(rows)
+        Contender::Eager => (Mode::Eager, false),
+        Contender::Map => (Mode::Map, false),
+        Contender::MapWait => (Mode::Map, true),
+        Contender::Lazy => (Mode::Lazy, false),
+    };
+    let clone = Clone::start(&saved.spec, saved.image, cancel, |settings, home| {
+        // The mark of the round that was under way: it comes when all of the memory was looked at.
+        let console = QemuSpec::serial_path(home);
+        settings.ready = Some(ReadySerial { console, text: "R0".to_owned() });
+        (settings.mode, settings.wait) = (mode, wait);
+    })?;
+    let report = &clone.report;
+    Ok(Sample {
+        first_instruction: Some(ms(report.first_instruction)),
+        from_ready: Some(ms(report.first_instruction_from_ready)),
+        guest_ready: report.guest_ready.map(ms),
+        resident: report.resident.map(ms),
+        read_bytes: report.read_bytes,
+    })
 }
 
-/// The modes as a table.
-pub fn render_modes(rows: &[ModeRow], style: Style) -> String {
-    let cells = rows.iter().map(|row| {
+/// QEMU's own load, by the best way that it has.
+fn by_qemu(saved: &Saved<'_>, cancel: &Cancel) -> Result<Sample> {
+    let called = Instant::now();
+    let spec = QemuSpec { incoming: Incoming::Defer, ..saved.spec.clone() };
+    let mut qemu = spec.start().map_err(failed)?;
+    let mut client = Client::connect(&QmpAddress::Unix(qemu.qmp_path()), cancel)?;
+    let abilities = Abilities::of(&mut client, saved.direct_io)?;
+    let ways = [Way::QemuDirect, Way::QemuChannels, Way::QemuMapped];
+    let way = ways.into_iter().find(|way| abilities.has(*way)).unwrap_or(Way::QemuStream);
+    stock::configure(&mut client, way)?;
+    let ready = Instant::now();
+    stock::load(&mut client, saved.image)?;
+    let (from_ready, first_instruction) = (ms(ready.elapsed()), ms(called.elapsed()));
+    qemu.wait_for_round(saved.round + 1, DEADLINE).map_err(failed)?;
+    Ok(Sample {
+        first_instruction: Some(first_instruction),
+        from_ready: Some(from_ready),
+        guest_ready: Some(ms(called.elapsed())),
+        resident: Some(first_instruction),
+        read_bytes: 0,
+    })
+}
+
+fn row(memory_mib: u64, is_dirty: bool, contender: Contender, samples: &[Sample]) -> ModeRow {
+    let all = |of: fn(&Sample) -> Option<f64>| samples.iter().filter_map(of).collect::<Vec<f64>>();
+    let middle = |of| Some(all(of)).filter(|times| !times.is_empty()).map(|times| median(&times));
+    ModeRow {
+        memory_mib,
+        is_dirty,
+        mode: contender.name(),
+        first_instruction_ms: middle(|sample| sample.first_instruction),
+        from_ready_ms: middle(|sample| sample.from_ready),
+        from_ready_ms_min: all(|sample| sample.from_ready).into_iter().reduce(f64::min),
+        guest_ready_ms: middle(|sample| sample.guest_ready),
+        resident_ms: middle(|sample| sample.resident),
+        read_bytes: samples.last().map_or(0, |sample| sample.read_bytes),
+        rounds: samples.len(),
+    }
+}
+
+/// What the size of an idle guest does to its first instruction.
+fn flatness(rows: &[ModeRow]) -> Vec<String> {
+    let of = |mode: &str| {
+        let times = rows.iter().filter(|row| !row.is_dirty && row.mode == mode);
+        let times: Vec<_> = times.filter_map(|row| Some((row.memory_mib, row.from_ready_ms?))).collect();
+        let least = times.iter().copied().reduce(|a, b| if b.1 < a.1 { b } else { a })?;
+        let most = times.iter().copied().reduce(|a, b| if b.1 > a.1 { b } else { a })?;
+        (times.len() > 1).then(|| {
+            format!(
+                "{mode}: first instruction from QEMU ready between {:.1} ms ({} MiB) and {:.1} ms ({} MiB)",
+                least.1, least.0, most.1, most.0
+            )
+        })
+    };
+    ["map", "lazy"].into_iter().filter_map(of).collect()
+}
+
+/// The report as a table, and what is to be said of it.
+pub fn render_modes(report: &ModesReport, style: Style) -> String {
+    let time = |ms: Option<f64>, digits: usize| ms.map_or("–".to_owned(), |ms| format!("{ms:.digits$}"));
+    let cells = report.rows.iter().map(|row| {
         vec![
             format!("{} MiB {}", row.memory_mib, if row.is_dirty { "dirty" } else { "idle" }),
             row.mode.to_owned(),
-            format!("{:.1}", row.first_instruction_ms),
-            format!("{:.1}", row.from_ready_ms),
-            format!("{:.1}", row.from_ready_ms_min),
-            format!("{:.0}", row.all_seen_ms),
+            time(row.first_instruction_ms, 1),
+            time(row.from_ready_ms, 1),
+            time(row.from_ready_ms_min, 1),
+            time(row.guest_ready_ms, 0),
+            time(row.resident_ms, 0),
             format!("{:.1}", mib(row.read_bytes)),
+            row.rounds.to_string(),
         ]
     });
     let header = vec![
@@ -199,48 +314,72 @@ pub fn render_modes(rows: &[ModeRow], style: Style) -> String {
         "first instruction ms",
         "from QEMU ready ms",
         "fastest",
-        "all seen ms",
+        "guest ready ms",
+        "resident ms",
         "read MiB",
+        "rounds",
     ];
-    lay_out(&Cells { header, words: 2, rows: cells.collect() }, style)
+    let mut text = lay_out(&Cells { header, words: 2, rows: cells.collect() }, style);
+    text.push('\n');
+    for note in &report.notes {
+        text.push_str(if style == Style::Markdown { "* " } else { "  " });
+        text.push_str(note);
+        text.push('\n');
+    }
+    text
 }
 
-/// The clones as a table.
-pub fn render_clones(rows: &[CloneRow], style: Style) -> String {
-    let cells = rows.iter().map(|row| {
-        vec![
-            row.mode.to_owned(),
-            row.clones.to_string(),
-            format!("{:.2}", row.all_run_ms / 1000.0),
-            format!("{:.1}", row.first_instruction_ms),
-            format!("{:.0}", mib(row.together_bytes)),
-            format!("{:.0}", mib(row.own_bytes)),
-            format!("{:.0}", mib(row.resident_bytes)),
-        ]
-    });
-    let header = vec![
-        "mode",
-        "clones",
-        "all run s",
-        "first instruction ms",
-        "together MiB (PSS)",
-        "own MiB",
-        "resident MiB (RSS)",
-    ];
-    lay_out(&Cells { header, words: 1, rows: cells.collect() }, style)
-}
-
-fn images(directory: &Path) -> Result<tempfile::TempDir> {
+/// A directory for images, which is removed in the end.
+pub fn images(directory: &Path) -> Result<tempfile::TempDir> {
     tempfile::Builder::new()
         .prefix("vmstate-bench-")
         .tempdir_in(directory)
         .map_err(|error| Error::io(format!("cannot create a directory in {}", directory.display()), error))
 }
 
-fn ms(time: Duration) -> f64 {
+pub fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
-fn mib(bytes: u64) -> f64 {
+pub fn mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(ms: f64) -> Sample {
+        Sample {
+            first_instruction: Some(ms + 100.0),
+            from_ready: Some(ms),
+            read_bytes: 5,
+            ..Sample::default()
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_median_and_leaves_out_what_was_not_measured() {
+        let found = row(256, false, Contender::Map, &[sample(3.0), sample(9.0), sample(4.0)]);
+        assert_eq!((found.first_instruction_ms, found.from_ready_ms), (Some(104.0), Some(4.0)));
+        assert_eq!((found.from_ready_ms_min, found.resident_ms, found.rounds), (Some(3.0), None, 3));
+        let none = row(256, true, Contender::Ceiling, &[Sample { resident: Some(7.0), ..Sample::default() }]);
+        assert_eq!((none.first_instruction_ms, none.resident_ms), (None, Some(7.0)));
+    }
+
+    #[test]
+    fn the_notes_say_how_flat_it_is() {
+        let rows: Vec<_> = [(256, 5.0), (1024, 4.0), (8192, 6.5)]
+            .into_iter()
+            .map(|(mib, ms)| row(mib, false, Contender::Map, &[sample(ms)]))
+            .collect();
+        let expected =
+            "map: first instruction from QEMU ready between 4.0 ms (1024 MiB) and 6.5 ms (8192 MiB)";
+        assert_eq!(flatness(&rows), [expected]);
+        assert_eq!(flatness(&rows[..1]), Vec::<String>::new(), "one size says nothing");
+        let report = ModesReport { rows, notes: vec![expected.to_owned()], took_s: 1.0 };
+        let text = render_modes(&report, Style::Markdown);
+        assert!(text.ends_with(&format!("* {expected}\n")), "{text}");
+        assert!(text.contains("| 256 MiB idle | map | 105.0 | 5.0 | 5.0 | – | – | 0.0 | 1 |"), "{text}");
+    }
 }
