@@ -24,6 +24,8 @@ const SETTLE_STEP_TIMEOUT: Duration = Duration::from_millis(100);
 /// loop, which has nothing else to do while the guest stands still.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
+/// How long QEMU may take to close the descriptors of a migration that failed.
+const LET_GO_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a QEMU is asked whether it has finished a migration that has ended.
 const FINALIZED_INTERVAL: Duration = Duration::from_millis(1);
 
@@ -328,8 +330,19 @@ impl Session {
 
     /// Takes every set back that this session has made, whether it knows of it or not.
     fn remove_fdsets(&mut self) -> Result<()> {
-        for fdset in self.client.fdsets_marked(&self.mark)? {
-            self.client.remove_fdset(fdset)?;
+        let ours = self.client.fdsets_marked(&self.mark)?;
+        for fdset in &ours {
+            self.client.remove_fdset(*fdset)?;
+        }
+        // A migration that failed is over before QEMU's channels have closed what they made of these descriptors. Until
+        // then a file that is deleted takes its room, and whoever saves next may lack it.
+        let deadline = Instant::now() + LET_GO_TIMEOUT;
+        while !ours.is_empty() && Instant::now() < deadline {
+            let left = self.client.fdsets()?;
+            if !ours.iter().any(|fdset| left.contains(fdset)) {
+                break;
+            }
+            self.client.next_event(Some(Instant::now() + FINALIZED_INTERVAL))?;
         }
         Ok(())
     }

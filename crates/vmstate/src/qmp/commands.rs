@@ -281,6 +281,17 @@ impl Client {
             .collect()
     }
 
+    /// The numbers of all sets of `query-fdsets`, those included whose descriptors have been removed and that QEMU has
+    /// still duplicates of in use.
+    ///
+    /// # Errors
+    /// As [`Client::version`].
+    pub fn fdsets(&mut self) -> Result<Vec<u64>> {
+        let answer = self.execute("query-fdsets", json!({}))?;
+        let sets = answer.as_array().ok_or_else(|| unexpected("query-fdsets"))?;
+        sets.iter().map(|set| set["fdset-id"].as_u64().ok_or_else(|| unexpected("query-fdsets"))).collect()
+    }
+
     /// `add-fd` into the set `fdset`, or into a new one; returns the set's number.
     ///
     /// # Errors
