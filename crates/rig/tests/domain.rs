@@ -193,6 +193,29 @@ fn a_domain_that_somebody_resumes_in_mid_copy_is_not_saved() {
 }
 
 #[test]
+fn a_domain_that_is_ended_and_started_again_in_mid_copy_is_another_guest_and_left_alone() {
+    let libvirtd = Libvirtd::start(KEEPER);
+    let mut domain = DomainSpec::new("another", 64 * MIB).start(&libvirtd);
+    domain.wait_for_rounds(1);
+    for phase in ["device state", "ram", "metadata"] {
+        let image = domain.dir().join("image");
+        std::fs::write(&image, b"the old one").unwrap();
+        let settings = SaveSettings { overwrite: true, ..settings(&libvirtd, &domain, &image) };
+        let hook = Hook::at(phase, || {
+            libvirtd.virsh(&[&"destroy", &"another"]);
+            libvirtd.virsh(&[&"start", &"another", &"--paused"]);
+        });
+        let error = save(&settings, &hook).unwrap_err();
+        assert!(hook.is_done(), "{phase}: {}", error.chain());
+        assert_eq!(std::fs::read(&image).unwrap(), b"the old one", "{phase}");
+        // Nobody but whoever started it may say that it is to run, or that it is to end.
+        assert_eq!(domain.state(), "paused", "{phase}: {}", error.chain());
+        libvirtd.virsh(&[&"resume", &"another"]);
+        domain.wait_for_rounds(1);
+    }
+}
+
+#[test]
 fn a_save_that_is_cancelled_leaves_the_domain_running_and_libvirt_saves_it_afterwards() {
     let libvirtd = Libvirtd::start(KEEPER);
     let mut domain = DomainSpec::new("cancelled", 64 * MIB).start(&libvirtd);

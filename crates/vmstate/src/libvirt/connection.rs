@@ -5,6 +5,7 @@ use std::io::{ErrorKind, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use io::Cancel;
@@ -54,6 +55,7 @@ pub struct Connection {
     name: String,
     serial: u32,
     events: VecDeque<MonitorEvent>,
+    has_lost_events: bool,
     /// How many bytes have been read, for messages about what is wrong with them.
     received: u64,
     giving_up: GivingUp,
@@ -77,15 +79,25 @@ impl Connection {
     /// [`Kind::Io`] where no daemon listens; [`Kind::Peer`] where it refuses; [`Kind::Unsupported`] where it wants a
     /// password.
     pub fn open(uri: &LibvirtUri, giving_up: GivingUp) -> Result<Connection> {
-        let stream = connect(uri)?;
+        Connection::open_within(uri, giving_up, None)
+    }
+
+    /// As [`Connection::open`], and no answer may take longer than `timeout`.
+    pub(super) fn open_within(
+        uri: &LibvirtUri,
+        giving_up: GivingUp,
+        timeout: Option<Duration>,
+    ) -> Result<Connection> {
+        let stream = connect(uri.sockets())?;
         let mut connection = Connection {
             stream,
             name: uri.to_string(),
             serial: 0,
             events: VecDeque::new(),
+            has_lost_events: false,
             received: 0,
             giving_up,
-            timeout: None,
+            timeout,
         };
         connection.authenticate()?;
         let arguments = Arguments::new().optional_string(Some(uri.driver())).word(0);
@@ -192,12 +204,18 @@ impl Connection {
         self.events.drain(..)
     }
 
+    /// Whether so many events came that some are not known, since this was asked last.
+    pub(super) fn has_lost_events(&mut self) -> bool {
+        std::mem::take(&mut self.has_lost_events)
+    }
+
     fn queue(&mut self, header: Header, payload: &[u8]) -> Result<()> {
         // Whatever else a daemon sends unasked was not registered for, and says nothing of the guest.
         if header.is_event(Procedure::QemuMonitorEvent) {
             let event = decode_monitor_event(payload, 0).map_err(|error| self.not_understood(error))?;
             if self.events.len() == EVENTS_MAX {
                 self.events.pop_front();
+                self.has_lost_events = true;
             }
             self.events.push_back(event);
         }
@@ -308,21 +326,18 @@ impl AsFd for Connection {
 }
 
 /// Connects to the first of the sockets on which somebody listens.
-fn connect(uri: &LibvirtUri) -> Result<UnixStream> {
-    let mut first = None;
-    for path in uri.sockets() {
+fn connect(sockets: &[PathBuf]) -> Result<UnixStream> {
+    let mut first: Option<(&PathBuf, std::io::Error)> = None;
+    for path in sockets {
         match UnixStream::connect(path) {
             Ok(stream) => return Ok(stream),
-            Err(error) => {
-                // A socket that refuses says more than one that is not there.
-                let says_more = error.kind() != ErrorKind::NotFound;
-                if first.is_none() || says_more {
-                    first = Some((path, error));
-                }
-                if says_more {
-                    break;
-                }
-            }
+            // One that refuses may be left of a daemon that this host does not use any more. It says more than one
+            // that is not there.
+            Err(error) => match &first {
+                Some((_, known)) if known.kind() != ErrorKind::NotFound => {}
+                Some(_) if error.kind() == ErrorKind::NotFound => {}
+                _ => first = Some((path, error)),
+            },
         }
     }
     let (path, error) = first.expect("a URI has a socket");
@@ -333,4 +348,90 @@ fn connect(uri: &LibvirtUri) -> Result<UnixStream> {
         }
     };
     Err(Error::io(format!("cannot connect to libvirt at {}", path.display()), error).hint(hint))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+
+    use wire::libvirt_rpc::Domain;
+
+    use super::*;
+
+    fn pair() -> (Connection, UnixStream) {
+        let (stream, daemon) = UnixStream::pair().unwrap();
+        let connection = Connection {
+            stream,
+            name: "qemu:///test".to_owned(),
+            serial: 0,
+            events: VecDeque::new(),
+            has_lost_events: false,
+            received: 0,
+            giving_up: GivingUp::Cancelled(Cancel::new().unwrap()),
+            timeout: Some(Duration::from_secs(60)),
+        };
+        (connection, daemon)
+    }
+
+    /// A message as the daemon sends it.
+    fn message(procedure: Procedure, kind: MessageKind, serial: u32, payload: &Arguments) -> Vec<u8> {
+        let header = Header {
+            program: procedure.program(),
+            version: PROTOCOL_VERSION,
+            procedure: procedure.number(),
+            kind,
+            serial,
+            status: Status::Ok,
+        };
+        let mut body = Vec::new();
+        header.encode(&mut body);
+        body.extend_from_slice(payload.bytes());
+        let mut bytes = u32::try_from(body.len() + 4).unwrap().to_be_bytes().to_vec();
+        bytes.extend(body);
+        bytes
+    }
+
+    fn event(name: &str) -> Vec<u8> {
+        let domain = Domain { name: "fx".into(), uuid: [7; 16], id: 1 };
+        let payload = Arguments::new().word(1).domain(&domain).string(name).word(0).word(1).word(2);
+        message(Procedure::QemuMonitorEvent, MessageKind::Message, 0, &payload.optional_string(None))
+    }
+
+    #[test]
+    fn events_that_were_too_many_to_keep_are_known_to_be_lost() {
+        for (count, is_lost) in [(EVENTS_MAX, false), (EVENTS_MAX + 1, true)] {
+            let (mut connection, mut daemon) = pair();
+            let flood = std::thread::spawn(move || {
+                daemon.write_all(&event("RESUME")).unwrap();
+                for _ in 1..count {
+                    daemon.write_all(&event("RTC_CHANGE")).unwrap();
+                }
+                let answer = message(Procedure::DomainSuspend, MessageKind::Reply, 1, &Arguments::new());
+                daemon.write_all(&answer).unwrap();
+                daemon
+            });
+            connection.call(Procedure::DomainSuspend, &Arguments::new()).unwrap();
+            drop(flood.join().unwrap());
+            assert_eq!(connection.has_lost_events(), is_lost, "{count}");
+            assert!(!connection.has_lost_events(), "told once");
+            let names: Vec<String> = connection.take_events().map(|event| event.name).collect();
+            assert_eq!((names.len(), names[0] == "RESUME"), (EVENTS_MAX, !is_lost), "{count}");
+        }
+    }
+
+    #[test]
+    fn a_socket_that_nobody_serves_any_more_is_not_the_last_that_is_tried() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        drop(UnixListener::bind(path("stale")).unwrap());
+        let _listener = UnixListener::bind(path("live")).unwrap();
+        connect(&[path("missing"), path("stale"), path("live")]).unwrap();
+        // Of several that do not answer, the first one that is there is told.
+        for sockets in [["missing", "stale"], ["stale", "missing"]] {
+            let error = connect(&sockets.map(path)).unwrap_err();
+            let expected = format!("cannot connect to libvirt at {}", path("stale").display());
+            assert_eq!(error.to_string(), expected, "{sockets:?}");
+        }
+    }
 }

@@ -23,7 +23,8 @@ use super::connection::Failure;
 use super::{Connection, DomainName, GivingUp, LibvirtUri};
 use crate::{Error, Kind, Result};
 
-/// The event that says that the daemon was gone for a while: what the guest did meanwhile is not known.
+/// The event that says that the daemon was gone for a while, or told more than could be kept: what the guest did
+/// meanwhile is not known.
 pub const LOST: &str = "VMSTATE_LIBVIRT_RESTARTED";
 
 /// How long a daemon that went away may take to come back. One that is restarted asks every QEMU that it finds who it
@@ -87,9 +88,13 @@ impl Served {
     fn connect(&mut self) -> Result<()> {
         let failed = |error| Error::io("cannot duplicate a socket", error);
         let client = self.client.try_clone().map_err(failed)?;
-        let mut connection = Connection::open(&self.uri, GivingUp::HungUp(client))?;
+        // A socket may take connections for a daemon that does not come up.
+        let timeout = Some(RETURN_TIMEOUT);
+        let mut connection = Connection::open_within(&self.uri, GivingUp::HungUp(client), timeout)?;
         let arguments = Arguments::new().word(1).domain(&self.domain).optional_string(None).word(0);
         connection.call(Procedure::QemuMonitorEventRegister, &arguments)?;
+        // From here on it is our client that knows how long it waits: it hangs up.
+        connection.timeout = None;
         self.connection = Some(connection);
         Ok(())
     }
@@ -161,10 +166,19 @@ impl Served {
     /// Hands on the events that have come.
     fn pass_events(&mut self) -> Result<(), Over> {
         let Some(connection) = &mut self.connection else { return Ok(()) };
-        let uuid = self.domain.uuid;
+        let Domain { uuid, id, .. } = self.domain;
+        let is_incomplete = connection.has_lost_events();
         let events: Vec<MonitorEvent> =
             connection.take_events().filter(|event| event.domain.uuid == uuid).collect();
+        if is_incomplete {
+            self.say(&json!({ "event": LOST }))?;
+        }
         for event in events {
+            // Another run of the domain is another guest, and nothing that is said from here on is meant for it. One
+            // that has ended has no number.
+            if event.domain.id >= 0 && event.domain.id != id {
+                return Err(Over);
+            }
             self.say(&json!({
                 "event": event.name,
                 "timestamp": { "seconds": event.at.0, "microseconds": event.at.1 },
@@ -204,6 +218,11 @@ impl Served {
         let fds: Vec<OwnedFd> = self.fds.drain(..).collect();
         if self.connection.is_none() {
             self.reconnect()?;
+        }
+        // libvirt finds a domain by its UUID, and another run of it is another guest: that is none of ours to resume or
+        // to end.
+        if self.is_another_run() {
+            return Err(Over);
         }
         let mut answer = match self.carry_out(request, &fds) {
             Ok(answer) => answer,
@@ -263,6 +282,17 @@ impl Served {
         match serde_json::from_str(&answer) {
             Ok(Value::Object(answer)) => Ok(answer),
             _ => Err(broken("libvirt's answer is no answer of QEMU")),
+        }
+    }
+
+    /// Whether the domain has ended, even if it was started again. A daemon that does not answer has not said so.
+    fn is_another_run(&mut self) -> bool {
+        let uuid = self.domain.uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+        let id = self.domain.id;
+        let Some(connection) = &mut self.connection else { return false };
+        match connection.find(&DomainName(uuid)) {
+            Ok(found) => found.id != id,
+            Err(error) => error.is_refusal() || error.kind() == Kind::Misuse,
         }
     }
 
