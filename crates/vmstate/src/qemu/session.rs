@@ -388,6 +388,7 @@ impl Session {
     /// # Errors
     /// As every QMP command.
     pub fn migrate(&mut self, uri: &str) -> Result<()> {
+        self.await_cleanup()?;
         // Cancelled even if the answer never comes, but not if QEMU refuses: another's may be under way.
         self.migrating = true;
         let deadline = Instant::now() + CLEANUP_TIMEOUT;
@@ -411,6 +412,25 @@ impl Session {
             self.named_fds.retain(|known| known != name);
         }
         Ok(())
+    }
+
+    /// Waits until QEMU has let go of a migration that has failed. One that is told to migrate before is left in the state
+    /// `setup`, with nothing that would take it out of it.
+    fn await_cleanup(&mut self) -> Result<()> {
+        let deadline = Instant::now() + CLEANUP_TIMEOUT;
+        loop {
+            let instances = match self.client.execute("query-yank", Value::Object(Map::new())) {
+                // A QEMU without the command has no such instances.
+                Err(error) if error.is_refusal() => return Ok(()),
+                instances => instances?,
+            };
+            let is_held =
+                instances.as_array().is_some_and(|all| all.iter().any(|one| one["type"] == "migration"));
+            if !is_held || Instant::now() >= deadline || self.client.migration()?.is_under_way() {
+                return Ok(());
+            }
+            self.client.next_event(Some(Instant::now() + CLEANUP_INTERVAL))?;
+        }
     }
 
     /// Starts to load a guest from the descriptor `name`, which is QEMU's from then on. Unlike an outgoing
