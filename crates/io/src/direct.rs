@@ -89,7 +89,8 @@ impl DirectIo {
             Told::Nothing => (ALIGN_UNTOLD, ALIGN_UNTOLD),
         };
         let len = offset_align.max(ALIGN_UNTOLD) as usize;
-        let slab = Slab::map(1, len)?;
+        // A huge page would be cleared for a few bytes of it.
+        let slab = Slab::map_plain(1, len)?;
         loop {
             if trial(direct, &slab, len) >= 0 {
                 return Ok(DirectIo::Supported { memory_align, offset_align });

@@ -18,11 +18,11 @@ const SHARED: usize = 48 << 20;
 /// What each lane may take in any case.
 const PER_LANE: usize = 8 << 20;
 
-/// How many buffers of a lane are on pages of the usual size, before any is on huge ones.
+/// How many pieces of a lane go through buffers on pages of the usual size, before any is on huge ones.
 ///
 /// An idle guest has a few pieces with a few pages each, and a huge page that is touched for one of them is cleared
 /// whole: that took up to 5 ms of an idle save's 25. A dirty guest has done with these in a moment.
-const PLAIN: usize = 4;
+const PLAIN: usize = 16;
 
 /// How long a request may be under way. One that was longer had others before it in the queue of a slow disk,
 /// where nothing can take them back: who cancels would have to wait for all of them.
@@ -31,10 +31,12 @@ const LATENCY_MAX: Duration = Duration::from_millis(50);
 /// The buffers of one lane: made when they are needed, and as many as the disk is fast enough for.
 pub(super) struct Pool {
     free: Vec<Scratch>,
+    /// Those of them that are on pages of the usual size.
+    plain: Vec<Scratch>,
     /// How many there are, those in use included.
     made: usize,
-    /// How many on pages of the usual size may still be made.
-    plain: usize,
+    /// How many pieces may still have one on pages of the usual size.
+    plain_left: usize,
     /// How many may be in use now.
     allowed: usize,
     /// How many may be in use at most.
@@ -48,7 +50,7 @@ impl Pool {
     /// way while the next is filled.
     pub(super) fn new(lanes: usize, len: usize, has_ring: bool) -> Pool {
         let limit = if has_ring { buffers(lanes, len) } else { 1 };
-        Pool { free: Vec::new(), made: 0, plain: PLAIN, allowed: limit, limit, len }
+        Pool { free: Vec::new(), plain: Vec::new(), made: 0, plain_left: PLAIN, allowed: limit, limit, len }
     }
 
     /// A buffer; `None` while as many are in use as may be.
@@ -56,14 +58,18 @@ impl Pool {
     /// # Errors
     /// When there is no memory for one.
     pub(super) fn take(&mut self) -> io::Result<Option<Scratch>> {
-        if self.made - self.free.len() >= self.allowed {
+        if self.made - self.free.len() - self.plain.len() >= self.allowed {
             return Ok(None);
         }
-        if self.free.is_empty() && self.plain > 0 {
-            self.plain -= 1;
+        if self.plain_left > 0 {
+            self.plain_left -= 1;
+            if let Some(scratch) = self.plain.pop() {
+                return Ok(Some(scratch));
+            }
             self.made += 1;
             return Scratch::plain(self.len).map(Some);
         }
+        self.made -= self.plain.drain(..).count();
         if self.free.is_empty() {
             let more = Scratch::several(self.len)?;
             self.made += more.len();
@@ -72,12 +78,13 @@ impl Pool {
         Ok(self.free.pop())
     }
 
-    /// Takes a buffer back. One on pages of the usual size is not used twice: whoever needs a second buffer soon
-    /// needs many.
+    /// Takes a buffer back. One on pages of the usual size is used again only while few pieces have come: whoever has
+    /// many of them is faster with huge pages.
     pub(super) fn put(&mut self, scratch: Scratch) {
-        match scratch.is_plain() {
-            true => self.made -= 1,
-            false => self.free.push(scratch),
+        match (scratch.is_plain(), self.plain_left) {
+            (false, _) => self.free.push(scratch),
+            (true, 0) => self.made -= 1,
+            (true, _) => self.plain.push(scratch),
         }
     }
 
@@ -146,13 +153,15 @@ mod tests {
             let scratch = pool.take().expect("memory").expect("one");
             assert!(scratch.is_plain());
             pool.put(scratch);
+            // What was touched for one piece serves the next.
+            assert_eq!(pool.made, usize::from(pool.plain_left > 0));
         }
         for _ in 0..3 {
             let scratch = pool.take().expect("memory").expect("one");
             assert!(!scratch.is_plain());
             pool.put(scratch);
         }
-        assert_eq!((pool.made, pool.free.len()), (2, 2));
+        assert_eq!((pool.made, pool.free.len(), pool.plain.len()), (2, 2, 0));
     }
 
     #[test]
