@@ -6,36 +6,70 @@ use serde_json::{Value, json};
 
 use crate::Result;
 use crate::manifest::{Disk, FileState, GuestFacts, MemoryBackend};
-use crate::qmp::Client;
+use crate::qmp::{Begun, Client};
+
+/// What a QEMU was asked for and has not answered yet.
+#[derive(Debug)]
+pub struct AskedFacts {
+    kvm: Begun,
+    cpus: Begun,
+    backends: Begun,
+    disks: Begun,
+}
 
 /// Asks for everything but the state of the disks' files, which counts only once the guest stands still:
-/// see [`stat_disks`].
+/// see [`stat_disks`]. QEMU has a millisecond to do meanwhile.
 ///
 /// # Errors
-/// As every QMP command; a command that this QEMU lacks leaves its fact empty.
-pub fn guest_facts(client: &mut Client) -> Result<GuestFacts> {
-    let kvm = ask(client, "query-kvm")?;
-    let cpus = ask(client, "query-cpus-fast")?;
-    let cpu_model = match cpus[0]["qom-path"].as_str() {
-        Some(path) => refused(client.qom_string(path, "type"))?.unwrap_or_default(),
-        None => String::new(),
-    };
-    let backends = ask(client, "query-memdev")?;
-    let disks = ask(client, "query-block")?;
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    Ok(GuestFacts {
-        accelerator: if kvm["enabled"].as_bool() == Some(true) { "kvm" } else { "tcg" }.to_owned(),
-        cpu_model,
-        cpus: cpus.as_array().map_or(0, Vec::len) as u32,
-        memory_backends: list(&backends)
-            .map(|backend| MemoryBackend {
-                id: text(&backend["id"]),
-                size: backend["size"].as_u64().unwrap_or_default(),
-                share: backend["share"].as_bool().unwrap_or_default(),
-            })
-            .collect(),
-        disks: list(&disks).filter_map(disk).collect(),
+/// As every QMP command.
+pub fn ask_guest_facts(client: &mut Client) -> Result<AskedFacts> {
+    let mut ask = |command| client.begin(command, json!({}));
+    Ok(AskedFacts {
+        kvm: ask("query-kvm")?,
+        cpus: ask("query-cpus-fast")?,
+        backends: ask("query-memdev")?,
+        disks: ask("query-block")?,
     })
+}
+
+impl AskedFacts {
+    /// What it has answered.
+    ///
+    /// # Errors
+    /// As every QMP command; a command that this QEMU lacks leaves its fact empty.
+    pub fn answered(self, client: &mut Client) -> Result<GuestFacts> {
+        let mut answer = |asked| refused(client.end(asked)).map(|answer| answer.unwrap_or(Value::Null));
+        let kvm = answer(self.kvm)?;
+        let cpus = answer(self.cpus)?;
+        let backends = answer(self.backends)?;
+        let disks = answer(self.disks)?;
+        let cpu_model = match cpus[0]["qom-path"].as_str() {
+            Some(path) => refused(client.qom_string(path, "type"))?.unwrap_or_default(),
+            None => String::new(),
+        };
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        Ok(GuestFacts {
+            accelerator: if kvm["enabled"].as_bool() == Some(true) { "kvm" } else { "tcg" }.to_owned(),
+            cpu_model,
+            cpus: cpus.as_array().map_or(0, Vec::len) as u32,
+            memory_backends: list(&backends)
+                .map(|backend| MemoryBackend {
+                    id: text(&backend["id"]),
+                    size: backend["size"].as_u64().unwrap_or_default(),
+                    share: backend["share"].as_bool().unwrap_or_default(),
+                })
+                .collect(),
+            disks: list(&disks).filter_map(disk).collect(),
+        })
+    }
+}
+
+/// Asks for the same and waits for the answers.
+///
+/// # Errors
+/// As [`ask_guest_facts`] and [`AskedFacts::answered`].
+pub fn guest_facts(client: &mut Client) -> Result<GuestFacts> {
+    ask_guest_facts(client)?.answered(client)
 }
 
 fn list(value: &Value) -> impl Iterator<Item = &Value> {
@@ -63,11 +97,6 @@ fn written_at_close(image: &Value) -> bool {
     let data = &image["format-specific"]["data"];
     data["lazy-refcounts"].as_bool() == Some(true)
         || data["bitmaps"].as_array().is_some_and(|bitmaps| !bitmaps.is_empty())
-}
-
-/// Runs a query; `Null` where QEMU refuses it.
-fn ask(client: &mut Client, command: &str) -> Result<Value> {
-    Ok(refused(client.execute(command, json!({})))?.unwrap_or(Value::Null))
 }
 
 /// Facts are worth having, not worth failing for: a refusal is `None`, a lost connection an error.

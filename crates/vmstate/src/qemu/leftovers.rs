@@ -42,12 +42,11 @@ impl Leftovers {
     /// [`Kind::Peer`] where a save is under way by a process that lives, or that cannot be seen from here unless
     /// `force` says that it is gone; others as every QMP command.
     pub fn find(client: &mut Client, force: bool, own: Option<&str>) -> Result<Leftovers> {
-        let mut notes = match read_notes(client) {
+        let notes = match read_notes(client, own) {
             // A QEMU so old that it has no such objects has no notes.
             Err(error) if error.is_refusal() => Vec::new(),
             notes => notes?,
         };
-        notes.retain(|(id, _)| own != Some(id.as_str()));
         for (_, note) in &notes {
             let pid = note.saver.pid;
             match note.saver.fate() {

@@ -152,18 +152,18 @@ pub(super) fn remove_note(client: &mut Client, id: &str) -> Result<()> {
     }
 }
 
-/// Every note in QEMU with its id, a save's later ones behind its earlier ones.
+/// Every note in QEMU but the one of the id `own`, with its id, a save's later ones behind its earlier ones.
 ///
 /// # Errors
 /// As every QMP command; [`Kind::Peer`] where one cannot be read.
-pub(super) fn read_notes(client: &mut Client) -> Result<Vec<(String, Note)>> {
+pub(super) fn read_notes(client: &mut Client, own: Option<&str>) -> Result<Vec<(String, Note)>> {
     let objects = client.execute("qom-list", json!({ "path": "/objects" }))?;
     let names: Vec<String> = objects
         .as_array()
         .into_iter()
         .flatten()
         .filter_map(|object| object["name"].as_str())
-        .filter(|name| name.starts_with(PREFIX))
+        .filter(|name| name.starts_with(PREFIX) && own != Some(*name))
         .map(str::to_owned)
         .collect();
     let mut notes = Vec::new();

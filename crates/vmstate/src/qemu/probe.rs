@@ -5,7 +5,9 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use mem::Peer;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Stat, fstat};
 use serde_json::json;
 use wire::DecodeError;
 use wire::qemu::format::SECTION_FOOTER_LEN;
@@ -15,6 +17,7 @@ use wire::qemu::{
 };
 
 use super::Session;
+use super::process::search;
 use crate::{Error, Kind, Result};
 
 /// The name under which QEMU receives the socket.
@@ -64,24 +67,55 @@ pub enum Probed {
     Obstacle(String),
 }
 
+/// The socket of a probe, of which QEMU holds the other end: whoever else holds that is QEMU's process.
+pub struct ProbeSocket {
+    ours: UnixStream,
+    theirs: Stat,
+}
+
+impl ProbeSocket {
+    /// Gives QEMU its end.
+    ///
+    /// # Errors
+    /// As every QMP command; [`Kind::Unsupported`] where the monitor takes no descriptors.
+    pub fn give(session: &mut Session) -> Result<ProbeSocket> {
+        let (ours, theirs) =
+            UnixStream::pair().map_err(|error| Error::io("cannot create a socket pair", error))?;
+        rustix::net::sockopt::set_socket_send_buffer_size(&theirs, PROBE_SEND_BUFFER)
+            .map_err(|error| Error::io("cannot shrink a socket's buffer", error))?;
+        let stat = fstat(&theirs).map_err(|error| Error::io("cannot stat a socket", error))?;
+        session.give_fd(PROBE, theirs.as_fd())?;
+        Ok(ProbeSocket { ours, theirs: stat })
+    }
+
+    /// Finds QEMU's process, as [`find_process`](super::find_process) does, without a descriptor of its own for that.
+    ///
+    /// # Errors
+    /// As there. QEMU does not keep the socket then.
+    pub fn find_process(&self, session: &mut Session, pid: Option<u32>) -> Result<Peer> {
+        match search(session, pid, &self.theirs) {
+            Ok(peer) => Ok(peer),
+            Err(error) => {
+                session.take_fd_back(PROBE)?;
+                Err(error)
+            }
+        }
+    }
+}
+
 /// Probes the guest, running or paused, and leaves it as it was.
 ///
 /// The capabilities must have been switched off, see [`Session::configure`], which this does itself.
 ///
 /// # Errors
 /// [`Kind::Peer`] where QEMU refuses to migrate this guest, with its reason, or sends what is no stream.
-pub fn probe(session: &mut Session) -> Result<Probed> {
+pub fn probe(session: &mut Session, socket: ProbeSocket) -> Result<Probed> {
+    let ProbeSocket { mut ours, .. } = socket;
     session.configure(
         // A guest so small that it is through at once stops here instead of completing.
         &["pause-before-switchover"],
         &[("max-bandwidth", json!(PROBE_BANDWIDTH)), ("mode", json!("normal")), ("tls-creds", json!(""))],
     )?;
-    let (mut ours, theirs) =
-        UnixStream::pair().map_err(|error| Error::io("cannot create a socket pair", error))?;
-    rustix::net::sockopt::set_socket_send_buffer_size(&theirs, PROBE_SEND_BUFFER)
-        .map_err(|error| Error::io("cannot shrink a socket's buffer", error))?;
-    session.give_fd(PROBE, theirs.as_fd())?;
-    drop(theirs);
     session.migrate(&format!("fd:{PROBE}"))?;
     let told = listen(session, &mut ours);
     // Cancelled before the socket is closed, and drained after: QEMU is never left with a broken pipe that

@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 
 use mem::{Peer, PeerError};
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, Stat};
 
 use super::Session;
 use crate::{Error, Kind, Result};
@@ -25,12 +25,14 @@ pub fn find_process(session: &mut Session, pid: Option<u32>) -> Result<Peer> {
         .map_err(|error| Error::io("cannot create a memfd", error))?;
     let stat = rustix::fs::fstat(&proof).map_err(|error| Error::io("cannot stat a memfd", error))?;
     session.give_fd(PROOF, proof.as_fd())?;
-    let found = search(session, pid, stat.st_dev, stat.st_ino);
+    let found = search(session, pid, &stat);
     session.take_fd_back(PROOF)?;
     found
 }
 
-fn search(session: &Session, pid: Option<u32>, dev: u64, ino: u64) -> Result<Peer> {
+/// Finds the process that holds the file of `proof`, as we do.
+pub(super) fn search(session: &Session, pid: Option<u32>, proof: &Stat) -> Result<Peer> {
+    let (dev, ino) = (proof.st_dev, proof.st_ino);
     // A socket pair names its maker, which is us.
     let listener = session.client.listener_pid().filter(|listener| *listener != std::process::id());
     if let Some(candidate) = pid.or(listener) {

@@ -31,6 +31,8 @@ const FINALIZED_INTERVAL: Duration = Duration::from_millis(1);
 
 /// The capability that makes QEMU send `MIGRATION` events; the only one that may stay on for a probe.
 const EVENTS: &str = "events";
+/// The capabilities that get along with every parameter.
+const HARMLESS: [&str; 2] = [EVENTS, "pause-before-switchover"];
 /// What QEMU says to a migration while it is not done with one that has failed: it calls that failed before it lets go
 /// of it (migration/migration.c:migrate_prepare and util/yank.c:yank_register_instance, QEMU 10.0; `failing` of newer
 /// ones is the time between).
@@ -54,14 +56,16 @@ pub struct Session {
     pub version: Version,
     /// Capabilities as they were found, where any was changed.
     capabilities_found: Option<Vec<Capability>>,
+    /// Capabilities as this session has left them, where it knows.
+    capabilities_now: Option<Vec<Capability>>,
     /// The parameters that were changed, with the values found.
     parameters_found: Map<String, Value>,
     /// Which session of this process it is.
     number: u64,
     /// The mark of every descriptor that this session adds to a set.
     mark: String,
-    /// Whether there may be such descriptors: the answer that names their set can be cut short.
-    may_have_fdsets: bool,
+    /// How many calls have added such descriptors and were not undone: the answer that names a set can be cut short.
+    fdsets_owed: usize,
     named_fds: Vec<String>,
     migrating: bool,
     /// Our ends of sockets that QEMU may still write into: closed when it was told to stop.
@@ -113,9 +117,10 @@ impl Session {
             version,
             number,
             capabilities_found: None,
+            capabilities_now: None,
             parameters_found: Map::new(),
             mark: mark(&Saver::this(), number),
-            may_have_fdsets: false,
+            fdsets_owed: 0,
             named_fds: Vec::new(),
             migrating: false,
             held: Vec::new(),
@@ -137,27 +142,28 @@ impl Session {
     ///
     /// Looking first and writing a note after would let two of them see nobody. So the claim is an object of an id
     /// that both would take, and QEMU gives it to one of them. Claims of the dead stay until they are cleared; the next
-    /// one has the next id. Whoever looked before such a claim was cleared may come to an id that nobody has any more:
-    /// all look again behind their claims, and of two that stand there at most one goes on.
+    /// one has the next id. One may come to an id that nobody has any more while somebody else stands at the next: all
+    /// look behind their claims, and of two that stand there at most one goes on.
     ///
     /// # Errors
     /// As [`Leftovers::find`]. A claim that was made is given up by [`Session::settle`].
     pub fn claim(&mut self, force: bool) -> Result<Leftovers> {
         self.keeps_note = true;
+        // Most guests were never saved, or not by anybody who was killed.
+        let mut generation = 0;
         for _ in 0..CLAIMS_MAX {
-            let left = Leftovers::find(&mut self.client, force, None)?;
             let note = Note { serial: 0, ..self.empty_note() };
-            match note.claim(&mut self.client, left.next_generation()) {
+            match note.claim(&mut self.client, generation) {
                 Ok(Some(id)) => {
                     self.claim = Some(id);
                     return Leftovers::find(&mut self.client, force, self.claim.as_deref());
                 }
                 // Whoever has it is told by the next look.
-                Ok(None) => {}
+                Ok(None) => generation = Leftovers::find(&mut self.client, force, None)?.next_generation(),
                 // A QEMU without such objects is saved all the same.
                 Err(error) if error.is_refusal() => {
                     self.keeps_note = false;
-                    return Ok(left);
+                    return Leftovers::find(&mut self.client, force, None);
                 }
                 Err(error) => return Err(error),
             }
@@ -260,7 +266,8 @@ impl Session {
                 Capability { state, ..found.clone() }
             })
             .collect();
-        self.capabilities_found.get_or_insert(found);
+        self.capabilities_found.get_or_insert_with(|| found.clone());
+        self.capabilities_now = Some(found);
 
         let now = self.client.parameters()?;
         let mut changes = Map::new();
@@ -281,12 +288,15 @@ impl Session {
     /// Brings QEMU's capabilities to `wanted` and changes `parameters`.
     ///
     /// QEMU refuses some of the one beside some of the other (mapped-ram beside compression), so nothing is
-    /// on that is not `events` while parameters change.
+    /// on that is not [`HARMLESS`] while parameters change.
     pub(super) fn switch(&mut self, wanted: &[Capability], parameters: Map<String, Value>) -> Result<()> {
-        let now = self.client.capabilities()?;
+        let now = match self.capabilities_now.take() {
+            Some(now) => now,
+            None => self.client.capabilities()?,
+        };
         let keep = |name: &str| {
             let stays = wanted.iter().any(|c| c.name == name && c.state);
-            name == EVENTS || stays && parameters.is_empty()
+            HARMLESS.contains(&name) || stays && parameters.is_empty()
         };
         let off: Vec<_> = now
             .iter()
@@ -303,7 +313,11 @@ impl Session {
         let is_off = |name: &str| off.iter().any(|c| c.name == name);
         let changes: Vec<_> =
             wanted.iter().filter(|c| c.state != (is_on(&c.name) && !is_off(&c.name))).cloned().collect();
-        if changes.is_empty() { Ok(()) } else { self.client.set_capabilities(&changes) }
+        if !changes.is_empty() {
+            self.client.set_capabilities(&changes)?;
+        }
+        self.capabilities_now = Some(wanted.to_vec());
+        Ok(())
     }
 
     /// Gives QEMU a new set of descriptors and returns the set's number.
@@ -313,7 +327,7 @@ impl Session {
     pub fn add_fdset(&mut self, fds: &[BorrowedFd<'_>]) -> Result<u64> {
         self.require_descriptors()?;
         let mut fdset = None;
-        self.may_have_fdsets |= !fds.is_empty();
+        self.fdsets_owed += 1;
         for fd in fds {
             fdset = Some(self.client.add_fd(fdset, &self.mark, *fd)?);
         }
@@ -325,7 +339,9 @@ impl Session {
     /// # Errors
     /// As every QMP command.
     pub fn remove_fdset(&mut self, fdset: u64) -> Result<()> {
-        self.client.remove_fdset(fdset)
+        self.client.remove_fdset(fdset)?;
+        self.fdsets_owed -= 1;
+        Ok(())
     }
 
     /// Takes every set back that this session has made, whether it knows of it or not.
@@ -707,7 +723,7 @@ impl Session {
         for name in std::mem::take(&mut self.named_fds) {
             attempt(self, &|session| session.client.closefd_if_any(&name));
         }
-        if self.may_have_fdsets {
+        if self.fdsets_owed > 0 {
             attempt(self, &Session::remove_fdsets);
         }
         let parameters = std::mem::take(&mut self.parameters_found);

@@ -29,6 +29,8 @@ const EVENT_NAME_LEN_MAX: usize = 64;
 /// The events after which a guest is not what it was when it was stopped.
 const MOVES: [&str; 7] =
     ["RESUME", "RESET", "SHUTDOWN", "POWERDOWN", "WAKEUP", "GUEST_PANICKED", libvirt::LOST];
+/// How many commands may be begun and not ended.
+const BEGUN_MAX: usize = 16;
 /// The most descriptors one command carries; ours carry one.
 const FDS_MAX: usize = 2;
 
@@ -56,6 +58,14 @@ pub struct Moves {
     pub first: Option<&'static str>,
     /// Whether another client has resumed it.
     pub resumed: bool,
+}
+
+/// A command on its way.
+#[derive(Debug)]
+#[must_use = "its answer is kept until it is asked for"]
+pub struct Begun {
+    id: u64,
+    command: &'static str,
 }
 
 enum Stream {
@@ -97,6 +107,8 @@ pub struct Client {
     events: VecDeque<Event>,
     moves: Moves,
     next_id: u64,
+    /// Commands that were begun and not ended, with their answers where these have come already.
+    begun: Vec<(u64, Option<Value>)>,
     cancel: Option<Cancel>,
     has_late_events: bool,
     /// The longest that an answer may take; `None` waits for ever.
@@ -158,6 +170,7 @@ impl Client {
             events: VecDeque::new(),
             moves: Moves::default(),
             next_id: 0,
+            begun: Vec::new(),
             cancel: Some(cancel.clone()),
             has_late_events: false,
             timeout: None,
@@ -234,6 +247,55 @@ impl Client {
     /// # Errors
     /// As [`Client::execute`].
     pub fn execute_with(&mut self, command: &str, arguments: Value, fds: &[BorrowedFd<'_>]) -> Result<Value> {
+        let deadline = self.deadline();
+        let id = self.dispatch(command, arguments, fds, deadline)?;
+        self.answer(id, command, deadline)
+    }
+
+    /// Sends a command, of which [`Client::end`] has the answer later: QEMU works on it while the caller does something
+    /// else. Commands that are run in between are answered behind it.
+    ///
+    /// # Errors
+    /// As [`Client::execute`], QEMU's refusals excepted.
+    ///
+    /// # Panics
+    /// When there are too many.
+    pub fn begin(&mut self, command: &'static str, arguments: Value) -> Result<Begun> {
+        assert!(self.begun.len() < BEGUN_MAX, "commands begun and not ended");
+        let id = self.dispatch(command, arguments, &[], self.deadline())?;
+        self.begun.push((id, None));
+        Ok(Begun { id, command })
+    }
+
+    /// Waits for the answer of a command that was begun.
+    ///
+    /// # Errors
+    /// As [`Client::execute`].
+    pub fn end(&mut self, begun: Begun) -> Result<Value> {
+        let place = self.begun.iter().position(|(id, _)| *id == begun.id);
+        match place.and_then(|place| self.begun.swap_remove(place).1) {
+            Some(message) => outcome(begun.command, message),
+            None => self.answer(begun.id, begun.command, self.deadline()),
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.timeout.map(|timeout| Instant::now() + timeout)
+    }
+
+    fn unanswered(&self, command: &str) -> Error {
+        let within = self.timeout.unwrap_or_default();
+        Error::new(Kind::Peer, format!("QEMU did not answer {command} within {within:?}"))
+    }
+
+    /// Sends a command and returns the number that its answer will have.
+    fn dispatch(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fds: &[BorrowedFd<'_>],
+        deadline: Option<Instant>,
+    ) -> Result<u64> {
         self.next_id += 1;
         let id = self.next_id;
         let mut request = Map::new();
@@ -244,29 +306,25 @@ impl Client {
         request.insert("id".into(), id.into());
         let mut line = Value::Object(request).to_string();
         line.push('\n');
-        let deadline = self.timeout.map(|timeout| Instant::now() + timeout);
-        let unanswered = |client: &Client| {
-            let within = client.timeout.unwrap_or_default();
-            Error::new(Kind::Peer, format!("QEMU did not answer {command} within {within:?}"))
-        };
-        if !self.send(command, line.as_bytes(), fds, deadline)? {
-            return Err(unanswered(self));
+        if self.send(command, line.as_bytes(), fds, deadline)? {
+            Ok(id)
+        } else {
+            Err(self.unanswered(command))
         }
+    }
+
+    /// Waits for the answer of this number.
+    fn answer(&mut self, id: u64, command: &str, deadline: Option<Instant>) -> Result<Value> {
         loop {
-            let Some(mut message) = self.read_message(deadline)? else { return Err(unanswered(self)) };
-            if message.get("id").and_then(Value::as_u64) != Some(id) {
-                self.queue(&message);
-                // Whoever sends without a pause must not hold us up for ever.
-                if is_over(deadline) {
-                    return Err(unanswered(self));
-                }
-                continue;
+            let Some(message) = self.read_message(deadline)? else { return Err(self.unanswered(command)) };
+            if message.get("id").and_then(Value::as_u64) == Some(id) {
+                return outcome(command, message);
             }
-            if let Some(error) = message.get("error") {
-                let words = error["desc"].as_str().unwrap_or("no reason given").trim_end_matches('.');
-                return Err(Error::refusal(format!("QEMU refused {command}: {words}")));
+            self.queue(message);
+            // Whoever sends without a pause must not hold us up for ever.
+            if is_over(deadline) {
+                return Err(self.unanswered(command));
             }
-            return Ok(message["return"].take());
         }
     }
 
@@ -280,7 +338,7 @@ impl Client {
                 return Ok(Some(event));
             }
             match self.read_message(deadline)? {
-                Some(message) => self.queue(&message),
+                Some(message) => self.queue(message),
                 None => return Ok(None),
             }
             if self.events.is_empty() && is_over(deadline) {
@@ -309,8 +367,14 @@ impl Client {
         self.events.drain(..).collect()
     }
 
-    fn queue(&mut self, message: &Value) {
-        // Anything else is the answer to a command whose wait was cut short.
+    /// Keeps an event, or the answer to a command that was begun. Anything else is the answer to a command whose wait
+    /// was cut short.
+    fn queue(&mut self, message: Value) {
+        let id = message.get("id").and_then(Value::as_u64);
+        if let Some((_, answer)) = self.begun.iter_mut().find(|(begun, _)| Some(*begun) == id) {
+            *answer = Some(message);
+            return;
+        }
         if let Some(name) = message.get("event").and_then(Value::as_str) {
             if self.events.len() == EVENTS_MAX {
                 self.events.pop_front();
@@ -461,6 +525,15 @@ impl Client {
     }
 }
 
+/// What an answer says.
+fn outcome(command: &str, mut message: Value) -> Result<Value> {
+    if let Some(error) = message.get("error") {
+        let words = error["desc"].as_str().unwrap_or("no reason given").trim_end_matches('.');
+        return Err(Error::refusal(format!("QEMU refused {command}: {words}")));
+    }
+    Ok(message["return"].take())
+}
+
 fn is_over(deadline: Option<Instant>) -> bool {
     deadline.is_some_and(|deadline| Instant::now() >= deadline)
 }
@@ -541,6 +614,27 @@ mod tests {
         assert!(client.take_events().iter().all(|event| event.name.len() <= EVENT_NAME_LEN_MAX));
         client.watch();
         assert_eq!(client.moves(), Moves::default());
+    }
+
+    #[test]
+    fn what_was_begun_is_answered_whenever_it_is_asked_for() {
+        let mut client = client(&Cancel::new().unwrap(), |stream| {
+            let status = |name| format!("{{\"return\": {{\"running\": false, \"status\": \"{name}\"}}, ");
+            let refused = "{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"no.\"}, ";
+            await_command(&stream);
+            await_command(&stream);
+            await_command(&stream);
+            for (id, answer) in [(2, "{\"return\": 2, "), (3, refused), (4, &status("paused"))] {
+                (&stream).write_all(format!("{answer}\"id\": {id}}}\n").as_bytes()).unwrap();
+            }
+        });
+        let first = client.begin("query-first", json!({})).unwrap();
+        let second = client.begin("query-second", json!({})).unwrap();
+        assert_eq!(client.status().unwrap().status, "paused");
+        let error = client.end(second).unwrap_err();
+        assert_eq!((error.to_string().as_str(), error.is_refusal()), ("QEMU refused query-second: no", true));
+        assert_eq!(client.end(first).unwrap(), json!(2));
+        assert!(client.begun.is_empty());
     }
 
     #[test]

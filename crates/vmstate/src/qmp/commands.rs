@@ -22,7 +22,7 @@ pub struct Version {
 }
 
 impl Version {
-    /// Reads the answer of `query-version`.
+    /// Reads the answer of `query-version`, which is in the greeting, too.
     ///
     /// # Errors
     /// [`Kind::Peer`] where it is none.
@@ -31,7 +31,7 @@ impl Version {
             answer["qemu"][key]
                 .as_u64()
                 .and_then(|n| u32::try_from(n).ok())
-                .ok_or_else(|| unexpected("query-version"))
+                .ok_or_else(|| Error::new(Kind::Peer, "QEMU tells its version in an unknown form"))
         };
         Ok(Version {
             major: number("major")?,
@@ -110,18 +110,18 @@ fn unexpected(command: &str) -> Error {
 }
 
 impl Client {
-    /// `query-version`.
+    /// QEMU's version, which its greeting has told already.
     ///
     /// # Errors
-    /// As every command here: [`Kind::Peer`], [`Kind::Io`] or [`Kind::Interrupted`].
+    /// [`Kind::Peer`] where it has not.
     pub fn version(&mut self) -> Result<Version> {
-        Version::from_answer(&self.execute("query-version", json!({}))?)
+        Version::from_answer(&self.greeting()["version"])
     }
 
     /// `query-status`.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As every command here: [`Kind::Peer`], [`Kind::Io`] or [`Kind::Interrupted`].
     pub fn status(&mut self) -> Result<RunStatus> {
         let answer = self.execute("query-status", json!({}))?;
         match (answer["running"].as_bool(), answer["status"].as_str()) {
@@ -133,7 +133,7 @@ impl Client {
     /// `stop`: pauses the virtual CPUs and flushes the disks. It may take as long as the disks do.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn stop(&mut self) -> Result<()> {
         self.execute("stop", json!({})).map(drop)
     }
@@ -141,7 +141,7 @@ impl Client {
     /// `cont`.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn cont(&mut self) -> Result<()> {
         self.execute("cont", json!({})).map(drop)
     }
@@ -149,7 +149,7 @@ impl Client {
     /// `quit`. QEMU may close the connection before it answers; that counts as done.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn quit(&mut self) -> Result<()> {
         match self.execute("quit", json!({})) {
             Err(error) if error.hint_text() == Some(CLOSED_HINT) => Ok(()),
@@ -160,7 +160,7 @@ impl Client {
     /// `query-migrate-capabilities`.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn capabilities(&mut self) -> Result<Vec<Capability>> {
         let answer = self.execute("query-migrate-capabilities", json!({}))?;
         let list = answer.as_array().ok_or_else(|| unexpected("query-migrate-capabilities"))?;
@@ -175,7 +175,7 @@ impl Client {
     /// `migrate-set-capabilities`.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn set_capabilities(&mut self, capabilities: &[Capability]) -> Result<()> {
         let list: Vec<_> =
             capabilities.iter().map(|c| json!({"capability": c.name, "state": c.state})).collect();
@@ -185,7 +185,7 @@ impl Client {
     /// `query-migrate-parameters`.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn parameters(&mut self) -> Result<Map<String, Value>> {
         match self.execute("query-migrate-parameters", json!({}))? {
             Value::Object(map) => Ok(map),
@@ -196,7 +196,7 @@ impl Client {
     /// `migrate-set-parameters`.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn set_parameters(&mut self, parameters: Map<String, Value>) -> Result<()> {
         self.execute("migrate-set-parameters", Value::Object(parameters)).map(drop)
     }
@@ -204,7 +204,7 @@ impl Client {
     /// `query-migrate`.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn migration(&mut self) -> Result<MigrationInfo> {
         let answer = self.execute("query-migrate", json!({}))?;
         Ok(MigrationInfo {
@@ -224,7 +224,7 @@ impl Client {
     /// `migrate` to a URI.
     ///
     /// # Errors
-    /// As [`Client::version`]; a target that cannot be opened or truncated fails here, not by an event.
+    /// As [`Client::status`]; a target that cannot be opened or truncated fails here, not by an event.
     pub fn migrate(&mut self, uri: &str) -> Result<()> {
         self.execute("migrate", json!({ "uri": uri })).map(drop)
     }
@@ -232,7 +232,7 @@ impl Client {
     /// `migrate_cancel`; it only asks, the status tells when it is done.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn migrate_cancel(&mut self) -> Result<()> {
         self.execute("migrate_cancel", json!({})).map(drop)
     }
@@ -240,7 +240,7 @@ impl Client {
     /// `getfd`: gives QEMU a descriptor under a name.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn getfd(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
         self.execute_with("getfd", json!({ "fdname": name }), &[fd]).map(drop)
     }
@@ -248,7 +248,7 @@ impl Client {
     /// `closefd`: takes a named descriptor back. `fd:NAME` of a migration has consumed it already.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn closefd(&mut self, name: &str) -> Result<()> {
         self.execute("closefd", json!({ "fdname": name })).map(drop)
     }
@@ -256,7 +256,7 @@ impl Client {
     /// As [`Client::closefd`], but it is no error if QEMU has no such descriptor (any more).
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn closefd_if_any(&mut self, name: &str) -> Result<()> {
         match self.closefd(name) {
             // "File descriptor named 'NAME' not found" (monitor/fds.c:qmp_closefd, QEMU 10.0).
@@ -268,7 +268,7 @@ impl Client {
     /// The sets of `query-fdsets` that hold a descriptor which was added with `opaque`.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn fdsets_marked(&mut self, opaque: &str) -> Result<Vec<u64>> {
         let answer = self.execute("query-fdsets", json!({}))?;
         let sets = answer.as_array().ok_or_else(|| unexpected("query-fdsets"))?;
@@ -285,7 +285,7 @@ impl Client {
     /// still duplicates of in use.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn fdsets(&mut self) -> Result<Vec<u64>> {
         let answer = self.execute("query-fdsets", json!({}))?;
         let sets = answer.as_array().ok_or_else(|| unexpected("query-fdsets"))?;
@@ -295,7 +295,7 @@ impl Client {
     /// `add-fd` into the set `fdset`, or into a new one; returns the set's number.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn add_fd(&mut self, fdset: Option<u64>, opaque: &str, fd: BorrowedFd<'_>) -> Result<u64> {
         let mut arguments = json!({ "opaque": opaque });
         if let Some(fdset) = fdset {
@@ -308,7 +308,7 @@ impl Client {
     /// `remove-fd` of a whole set.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn remove_fdset(&mut self, fdset: u64) -> Result<()> {
         self.execute("remove-fd", json!({ "fdset-id": fdset })).map(drop)
     }
@@ -316,7 +316,7 @@ impl Client {
     /// A command of the human monitor; its answer is text.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn human(&mut self, command: &str) -> Result<String> {
         let answer = self.execute("human-monitor-command", json!({ "command-line": command }))?;
         answer.as_str().map(str::to_owned).ok_or_else(|| unexpected("human-monitor-command"))
@@ -326,30 +326,33 @@ impl Client {
     /// RAM, configuration section and vmdescription. Present in every build of QEMU since 1.1.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn save_devices_state(&mut self, filename: &str) -> Result<()> {
         self.execute("xen-save-devices-state", json!({ "filename": filename, "live": false })).map(drop)
     }
 
-    /// Whether QEMU has a command. One that does not even tell which it has is taken to have it: the command
-    /// itself will say.
+    /// Whether QEMU has a command that it cannot run without arguments: it is called without, and the refusal tells.
+    /// The list of all commands would tell as well; to write it takes QEMU a millisecond.
     ///
     /// # Errors
-    /// As [`Client::version`].
-    pub fn knows_command(&mut self, name: &str) -> Result<bool> {
-        match self.execute("query-commands", json!({})) {
-            Ok(answer) => Ok(answer
-                .as_array()
-                .is_none_or(|commands| commands.iter().any(|command| command["name"] == name))),
-            Err(error) if error.is_refusal() => Ok(true),
+    /// As [`Client::status`]; [`Kind::Peer`] where it went through, so that there is no telling what it has done.
+    pub fn knows_command_with_arguments(&mut self, name: &str) -> Result<bool> {
+        match self.execute(name, json!({})) {
+            // "The command NAME has not been found", "Command NAME has been disabled" (qapi/qmp-dispatch.c:qmp_dispatch,
+            // QEMU 10.0).
+            Err(error) if error.is_refusal() => {
+                let words = error.to_string();
+                Ok(!["has not been found", "has been disabled"].iter().any(|known| words.contains(known)))
+            }
             Err(error) => Err(error),
+            Ok(_) => Err(unexpected(name)),
         }
     }
 
     /// The names of the children of a QOM object that are of a type.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn qom_children(&mut self, path: &str, kind: &str) -> Result<Vec<String>> {
         let answer = self.execute("qom-list", json!({ "path": path }))?;
         let list = answer.as_array().ok_or_else(|| unexpected("qom-list"))?;
@@ -361,7 +364,7 @@ impl Client {
     /// A QOM property that is a truth value.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn qom_bool(&mut self, path: &str, property: &str) -> Result<bool> {
         let answer = self.execute("qom-get", json!({ "path": path, "property": property }))?;
         answer.as_bool().ok_or_else(|| unexpected("qom-get"))
@@ -370,7 +373,7 @@ impl Client {
     /// A QOM property that is a string.
     ///
     /// # Errors
-    /// As [`Client::version`].
+    /// As [`Client::status`].
     pub fn qom_string(&mut self, path: &str, property: &str) -> Result<String> {
         let answer = self.execute("qom-get", json!({ "path": path, "property": property }))?;
         answer.as_str().map(str::to_owned).ok_or_else(|| unexpected("qom-get"))

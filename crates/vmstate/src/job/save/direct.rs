@@ -9,8 +9,8 @@ use page::PageSize;
 
 use super::writing::Writing;
 use super::{Carried, DeviceStateBy, SaveFormat, SaveSettings, Stopwatch, room, via_qemu};
-use crate::manifest::{GuestFacts, Manifest};
-use crate::qemu::{self, HostBlock, Probe, Probed, Session};
+use crate::manifest::Manifest;
+use crate::qemu::{self, AskedFacts, HostBlock, Probe, Probed, Session};
 use crate::sink::DeviceState;
 use crate::{Error, Kind, Result};
 
@@ -22,7 +22,7 @@ pub(super) struct Prepared {
     probe: Probe,
     blocks: Vec<HostBlock>,
     pub(super) ram: Arc<GuestRam>,
-    facts: GuestFacts,
+    facts: AskedFacts,
     /// Whether the device state comes by a migration of its own.
     is_described: bool,
 }
@@ -34,14 +34,16 @@ pub(super) struct Prepared {
 pub(super) fn prepare(settings: &SaveSettings, session: &mut Session) -> Result<Prepared> {
     // Found out now: it is needed only when the guest has been stopped.
     let is_described = by_migration(settings, session)?;
-    let peer = qemu::find_process(session, settings.pid)?;
-    let probe = match qemu::probe(session)? {
+    let socket = qemu::ProbeSocket::give(session)?;
+    let peer = socket.find_process(session, settings.pid)?;
+    let probe = match qemu::probe(session, socket)? {
         Probed::Plain(probe) => probe,
         Probed::Obstacle(reason) => return Err(Error::new(Kind::Unsupported, reason)),
     };
     let blocks = qemu::host_blocks(&mut session.client)?;
     let page_size = probe.configuration.page_size().unwrap_or(PageSize::X86);
     let found = qemu::with_addresses(&mut session.client, &peer, &blocks)?;
+    let facts = qemu::ask_guest_facts(&mut session.client)?;
     let addresses = locate(&probe, &found, page_size)?;
     let mut ram = GuestRam::attach(Arc::new(peer), &addresses).map_err(|error| {
         let hint = denied_hint(&error);
@@ -54,14 +56,13 @@ pub(super) fn prepare(settings: &SaveSettings, session: &mut Session) -> Result<
     if let Some(cancel) = session.client.cancel() {
         ram.heed(cancel);
     }
-    let facts = qemu::guest_facts(&mut session.client)?;
     Ok(Prepared { probe, blocks, ram: Arc::new(ram), facts, is_described })
 }
 
 /// Whether the device state is to come by a migration of its own, which leaves QEMU in `postmigrate`: where that is
 /// asked for, and where QEMU has no other way to give it.
 fn by_migration(settings: &SaveSettings, session: &mut Session) -> Result<bool> {
-    let is_there = session.client.knows_command(DEVICE_STATE_COMMAND)?;
+    let is_there = session.client.knows_command_with_arguments(DEVICE_STATE_COMMAND)?;
     match settings.device_state {
         DeviceStateBy::Auto | DeviceStateBy::Command if is_there => return Ok(false),
         DeviceStateBy::Command => return Err(no_command()),
@@ -145,11 +146,12 @@ pub(super) fn carry(
     settings: &SaveSettings,
     session: &mut Session,
     (prepared, present_bytes): (Prepared, u64),
-    (target, format): (&Target, SaveFormat),
+    (target, format, channels): (&Target, SaveFormat, u16),
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
 ) -> Result<Carried> {
-    let Prepared { probe, blocks, ram, mut facts, is_described } = prepared;
+    let Prepared { probe, blocks, ram, facts, is_described } = prepared;
+    let mut facts = facts.answered(&mut session.client)?;
     watch.phase("stop");
     let stopped_at = Instant::now();
     let before = session.pause()?;
@@ -179,7 +181,7 @@ pub(super) fn carry(
 
     watch.phase("ram");
     watch.progress.expect(present_bytes);
-    let moved = writing.pages(settings, &ram, watch.progress.counters(), cancel)?;
+    let moved = writing.pages((channels, settings.rate_max), &ram, watch.progress.counters(), cancel)?;
     watch.progress.complete();
     ram.recheck().map_err(|error| {
         Error::new(Kind::Peer, "QEMU's memory changed its place during the save").because(error)
