@@ -3,9 +3,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
 
+use ::io::{LaneTarget, PositionedWrite};
 use page::PageRange;
 use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::file::Medium;
 use crate::guest_ram::{GuestRam, Reach};
@@ -19,9 +22,25 @@ pub struct Fillable {
     pub offset: u64,
     page_bytes: u64,
     length: u64,
+    /// The size of its huge pages, if it is on such.
+    huge_bytes: Option<u64>,
 }
 
 impl Fillable {
+    /// The block as what lanes write to, by offsets in its file.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn lane_target(&self) -> io::Result<LaneTarget> {
+        match self.huge_bytes {
+            None => Ok(LaneTarget::files(None, self.file.try_clone()?)),
+            Some(huge_bytes) => {
+                let mapped = Mapped::new(&self.file, self.offset, self.length.next_multiple_of(huge_bytes))?;
+                Ok(LaneTarget { direct: None, buffered: Box::new(mapped) })
+            }
+        }
+    }
+
     /// Makes pages zero again by giving their memory back.
     ///
     /// # Errors
@@ -39,7 +58,7 @@ impl Fillable {
 
 impl GuestRam {
     /// Opens the memory of a region for filling; `None` where it cannot be filled through a file: private
-    /// memory, memory that its own process may not write, and huge pages, whose file system takes no writes.
+    /// memory, and memory that its own process may not write.
     ///
     /// # Errors
     /// When the file may not be written.
@@ -50,21 +69,96 @@ impl GuestRam {
         // A process that may not write its own mapping would have us write a file for it that it may only
         // read: we may be root.
         let (Reach::Shared(backing), true) = self.reach(region) else { return Ok(None) };
-        if !matches!(backing.medium(), Medium::Shmem | Medium::Disk) {
-            return Ok(None);
-        }
+        let offset = backing.part().offset;
+        let huge_bytes = match backing.medium() {
+            Medium::Shmem | Medium::Disk => None,
+            Medium::HugePages { page_bytes } if offset.is_multiple_of(page_bytes) && may_copy() => {
+                Some(page_bytes)
+            }
+            Medium::HugePages { .. } | Medium::Other { .. } => return Ok(None),
+        };
         // The file is open for reading, by a descriptor that is surely the block's: its twin for writing is
         // found through that and no name.
         let path = format!("/proc/self/fd/{}", backing.file().as_raw_fd());
-        let file = open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        // What is mapped to be written has to be open for reading as well.
+        let mode = if huge_bytes.is_some() { OFlags::RDWR } else { OFlags::WRONLY };
+        let file = open(path, mode | OFlags::CLOEXEC, Mode::empty())?;
         let block = self.block(region);
         Ok(Some(Fillable {
             file: File::from(file),
-            offset: backing.part().offset,
+            offset,
             page_bytes: block.page_size,
             length: block.length,
+            huge_bytes,
         }))
     }
+}
+
+/// Memory on huge pages, whose file system takes no writes: a mapping of ours, written by the kernel.
+///
+/// A store of our own would be ended by SIGBUS where the pool of pages has run out, or where somebody cuts the file; the
+/// kernel's copy has an error for both.
+struct Mapped {
+    base: NonNull<u8>,
+    length: usize,
+    /// The offset in the file at which it begins.
+    start: u64,
+}
+
+// SAFETY: the mapping belongs to this value alone, which hands out no address of it; only the kernel writes there.
+unsafe impl Send for Mapped {}
+
+// SAFETY: as above. Copies of several threads go to ranges of their callers' choice, as writes to a file would.
+unsafe impl Sync for Mapped {}
+
+impl Mapped {
+    fn new(file: &File, start: u64, length: u64) -> io::Result<Mapped> {
+        let length = usize::try_from(length).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches no memory in use.
+        let base = unsafe { mmap(std::ptr::null_mut(), length, protection, MapFlags::SHARED, file, start) }?;
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        Ok(Mapped { base, length, start })
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: the range that `new` mapped, whose address nobody else has.
+        let unmapped = unsafe { munmap(self.base.as_ptr().cast(), self.length) };
+        debug_assert!(unmapped.is_ok(), "munmap of huge pages: {unmapped:?}");
+    }
+}
+
+impl PositionedWrite for Mapped {
+    unsafe fn write_span_at(&self, base: *const u8, len: usize, offset: u64) -> io::Result<usize> {
+        let at = offset.checked_sub(self.start).and_then(|at| usize::try_from(at).ok());
+        let at = at.filter(|at| at.checked_add(len).is_some_and(|end| end <= self.length));
+        let Some(at) = at else { return Err(io::ErrorKind::InvalidInput.into()) };
+        // SAFETY: the source is the caller's promise; the target lies within the mapping, as was just found.
+        unsafe { copy_by_kernel(base, self.base.as_ptr().wrapping_add(at), len) }
+    }
+}
+
+/// Whether the kernel makes such copies for this process: a filter of system calls may forbid it.
+fn may_copy() -> bool {
+    // SAFETY: nothing is copied.
+    unsafe { copy_by_kernel(std::ptr::null(), std::ptr::null_mut(), 0) }.is_ok()
+}
+
+/// Has the kernel copy bytes within this process; how many it has copied.
+///
+/// # Safety
+/// The source must be mapped and readable, and nobody may have a reference to the bytes of the target.
+unsafe fn copy_by_kernel(source: *const u8, target: *mut u8, len: usize) -> io::Result<usize> {
+    let local = libc::iovec { iov_base: source.cast_mut().cast(), iov_len: len };
+    let remote = libc::iovec { iov_base: target.cast(), iov_len: len };
+    // Linux numbers processes below 2^22.
+    let this = std::process::id() as libc::pid_t;
+    // SAFETY: both vectors have one element; what they name is the caller's promise, and an address that cannot be
+    // reached is an error.
+    let copied = unsafe { libc::process_vm_writev(this, &local, 1, &remote, 1, 0) };
+    usize::try_from(copied).map_err(|_| io::Error::last_os_error())
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use ::io::Cancel;
 use page::{PageCount, PageSet, PageSize, Window};
@@ -18,6 +18,7 @@ use crate::presence::{PageTableRuns, PagemapMethod, Stretch};
 use crate::private_file::PrivateFileBlock;
 use crate::remote::{RemoteSpan, read_spans};
 use crate::runs::{Runs, Union, shared_runs, unmapped_runs};
+use crate::supply::UNIT;
 use crate::windows::Windows;
 
 /// The RAM blocks of a guest in another process, readable from here. Region `i` is block `i` of those given.
@@ -29,6 +30,8 @@ pub struct GuestRam {
     peer: Arc<Peer>,
     regions: Vec<Region>,
     cancel: Option<Cancel>,
+    /// The shortest run of zeros that is left out between data, in bytes.
+    pub(crate) gap_bytes_min: AtomicUsize,
 }
 
 /// One block and the way to its bytes.
@@ -109,13 +112,19 @@ impl GuestRam {
             })
         };
         let regions = blocks.iter().map(attach).collect::<Result<_, _>>()?;
-        Ok(GuestRam { peer, regions, cancel: None })
+        Ok(GuestRam { peer, regions, cancel: None, gap_bytes_min: AtomicUsize::new(UNIT) })
     }
 
     /// From now on a walk over page tables fails with `Interrupted` soon after the switch is thrown. Where little is
     /// there, nobody else would look at the switch for as long as that takes: a second for a tebibyte.
     pub fn heed(&mut self, cancel: &Cancel) {
         self.cancel = Some(cancel.clone());
+    }
+
+    /// From now on runs of zeros shorter than so many bytes are written along: what the target writes in the time that
+    /// it takes to begin anew behind them. Only gaps within a window are.
+    pub fn write_gaps_below(&self, bytes: usize) {
+        self.gap_bytes_min.store(bytes, Ordering::Relaxed);
     }
 
     /// The process.

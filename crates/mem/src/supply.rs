@@ -15,7 +15,7 @@ use crate::zero::nonzero_mask;
 /// Measured into a new file on ext4, 512 MiB of which data and gaps took turns: apart took 2.3 times as long as
 /// written along with gaps of 64 KiB between data of 16 KiB, as long between data of 128 KiB, and half as long with
 /// gaps of 128 KiB.
-const UNIT: usize = 96 << 10;
+pub(crate) const UNIT: usize = 96 << 10;
 
 // SAFETY: the answer is the scratch, into which every grain named was copied or zeroed. It is left alone until
 // the lane asks again.
@@ -44,7 +44,7 @@ impl GuestRam {
         let base = self.copy_runs(piece, marked, scratch)?;
         // SAFETY: the marked pages were copied to the scratch just now.
         let data = unsafe { nonzero_mask(base, piece.len as usize, piece.grain as usize, marked) };
-        let write = bridge(data, piece.grain);
+        let write = bridge(data, piece.grain, self.gap_bytes_min.load(Ordering::Relaxed));
         for (start, end) in minus(write, marked).runs() {
             let (from, to) = piece.bytes_of(start, end);
             // SAFETY: bytes of the scratch, which holds the whole piece and is ours until we answer.
@@ -96,12 +96,12 @@ fn check_piece(region: &Region, piece: &Piece, scratch: &Scratch) -> io::Result<
 }
 
 /// The mask with its gaps filled where they are shorter than a unit.
-fn bridge(mask: Mask, grain: u32) -> Mask {
+fn bridge(mask: Mask, grain: u32, unit: usize) -> Mask {
     let mut bridged = mask;
     let mut previous_end = None;
     for (start, end) in mask.runs() {
         if let Some(gap_start) = previous_end
-            && (start - gap_start) * (grain as usize) < UNIT
+            && (start - gap_start) * (grain as usize) < unit
         {
             bridged.insert_range(gap_start, start);
         }
@@ -130,13 +130,14 @@ mod tests {
             (mask(&[(0, 1), (25, 26)]), mask(&[(0, 1), (25, 26)])),
             (mask(&[(5, 6), (250, 251), (255, 256)]), mask(&[(5, 6), (250, 256)])),
         ] {
-            assert_eq!(bridge(data, 4096), expected, "{:?}", data.runs().collect::<Vec<_>>());
+            assert_eq!(bridge(data, 4096, UNIT), expected, "{:?}", data.runs().collect::<Vec<_>>());
         }
     }
 
     #[test]
     fn it_is_bytes_that_count_and_not_grains() {
         let crumbs = mask(&[(0, 1), (2, 3), (5, 6)]);
-        assert_eq!(bridge(crumbs, 64 << 10), mask(&[(0, 3), (5, 6)]));
+        assert_eq!(bridge(crumbs, 64 << 10, UNIT), mask(&[(0, 3), (5, 6)]));
+        assert_eq!(bridge(crumbs, 64 << 10, 1 << 20), mask(&[(0, 6)]), "a disk that seeks for longer");
     }
 }

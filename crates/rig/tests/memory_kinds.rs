@@ -141,11 +141,8 @@ fn check(case: &Case<'_>) {
     let waiting = QemuSpec { incoming: Incoming::Defer, ..spec_of(&spec, (case.backend)()) };
     let mut restored = waiting.start().expect(name);
     let report = restore(&restored, &theirs);
-    // What is a file can be filled through it, but for huge pages, whose file system takes no writes.
-    let expected = match case.expected {
-        ("shared", Some(Medium::Shmem | Medium::Disk)) => Via::Direct,
-        _ => Via::Qemu,
-    };
+    // What is shared can be filled from outside.
+    let expected = if case.expected.0 == "shared" { Via::Direct } else { Via::Qemu };
     assert_eq!(report.via, expected, "{name}: {:?}", report.reason);
     goes_on(&mut restored, round, "its own kind by vmstate");
 }

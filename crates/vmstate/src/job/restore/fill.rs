@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use io::{Cancel, Counters, FileSupply, LaneOptions, LaneSettings, LaneTarget, Piece, ReadPair, WriteLanes};
+use io::{Cancel, Counters, FileSupply, LaneOptions, LaneSettings, Piece, ReadPair, WriteLanes};
 use mem::{Backing, BlockAddress, Fillable, GuestRam};
 use page::WINDOW_PAGES;
 use wire::mapped_ram::BlockPlacement;
@@ -127,7 +127,7 @@ fn fill_block(
     let align = pair.direct_io.alignment();
     let direct = pair.direct.as_ref().map(copy).transpose()?;
     let supply = FileSupply::new(direct, copy(&pair.buffered)?, align, vec![place.pages.start]);
-    let target = LaneTarget::files(None, copy(&fillable.file)?);
+    let target = fillable.lane_target().map_err(failed)?;
     let lanes = WriteLanes::start_with(
         target,
         Arc::new(supply),

@@ -9,6 +9,7 @@ mod via_qemu;
 mod writing;
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use io::{Cancel, DraftOptions, Owner, Target, TargetKind};
@@ -162,7 +163,9 @@ pub(crate) const QEMU_CHANNELS: u16 = 8;
 /// One channel per processor, at least two so that one can wait for the disk, at most eight: more never
 /// helped, since the disk is the limit long before.
 pub(crate) fn default_channels() -> u16 {
-    std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8) as u16)
+    // Asking reads half a dozen files of the control groups.
+    static CHANNELS: OnceLock<u16> = OnceLock::new();
+    *CHANNELS.get_or_init(|| std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8) as u16))
 }
 
 /// What a save did.
@@ -292,10 +295,7 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
         format,
         direct_io: carried.direct_io,
         direct_io_reason: choice.direct_io_reason,
-        channels: match choice.via {
-            Via::Qemu => settings.channels.unwrap_or(QEMU_CHANNELS),
-            _ => settings.channels(),
-        },
+        channels: choice.channels,
         run_state: carried.run_state,
         data_bytes: carried.data_bytes,
         zero_bytes: carried.zero_bytes,
@@ -317,6 +317,7 @@ fn envelop(target: &Target, envelope: Option<&Envelope>, carried: &Carried) -> R
 /// What was decided on the way.
 struct Choice {
     via: Via,
+    channels: u16,
     reason: Option<String>,
     direct_io_reason: Option<String>,
 }
@@ -343,16 +344,26 @@ fn carry(
         // How much of it QEMU will find to be zero is not known.
         None => qemu::host_blocks(&mut session.client)?.iter().map(|block| block.used_length).sum(),
     };
-    room::settle_direct_io(settings, target, format, bytes, watch.observer)?;
+    let rates = room::settle_direct_io(settings, target, format, bytes, watch.observer)?;
+    let mut channels = settings.channels();
     let (carried, via) = match prepared {
         Some(ready) => {
             watch.observer.note("via direct: QEMU gives the device state only");
             if format == SaveFormat::MappedRam {
                 super::note_engine(watch.observer)?;
             }
-            (direct::carry(settings, session, (ready, bytes), (target, format), cancel, watch)?, Via::Direct)
+            if rates.is_some_and(room::wants_order) {
+                // One lane writes in the order of the file; a disk that seeks has nothing of more of them.
+                channels = settings.channels.unwrap_or(1);
+                ready.ram.write_gaps_below(room::SEEK_BYTES);
+            }
+            let way = (&*target, format, channels);
+            (direct::carry(settings, session, (ready, bytes), way, cancel, watch)?, Via::Direct)
         }
-        None => (via_qemu::carry(settings, session, target, bytes, watch)?, Via::Qemu),
+        None => {
+            channels = settings.channels.unwrap_or(QEMU_CHANNELS);
+            (via_qemu::carry(settings, session, target, bytes, watch)?, Via::Qemu)
+        }
     };
     let direct_io_reason = why_not_direct(target, format);
     if let Some(reason) = &direct_io_reason {
@@ -362,7 +373,7 @@ fn carry(
         // All of the guest has been read: it need not wait for the disk.
         session.resume()?;
     }
-    Ok((carried, Choice { via, reason, direct_io_reason }))
+    Ok((carried, Choice { via, channels, reason, direct_io_reason }))
 }
 
 /// Makes an image of what was written. Behind this there is no way back, and no interrupt.

@@ -140,6 +140,17 @@ fn is_worth_measuring(choice: DirectIo, format: SaveFormat, bytes: u64) -> bool 
     choice == DirectIo::Auto && format.has_places() && bytes >= MEASURED_LEN_MIN
 }
 
+/// A target that takes fewer bytes a second, by either way, is taken for one that seeks.
+const SEEKS_BELOW_BYTES_PER_S: u64 = 250_000_000;
+
+/// What such a target writes in the time of a short seek: 4 ms at 125 MB/s.
+pub(super) const SEEK_BYTES: usize = 512 << 10;
+
+/// Whether a target of these rates wants fewer, larger writes in order.
+pub(super) fn wants_order(rates: Rates) -> bool {
+    rates.best_bytes_per_s() < SEEKS_BELOW_BYTES_PER_S
+}
+
 /// Why direct I/O is left at these rates, if it is.
 pub(in crate::job) fn why_not_direct(rates: Rates) -> Option<String> {
     let mb = |bytes: u64| bytes as f64 / 1e6;
@@ -167,6 +178,18 @@ mod tests {
             (DirectIo::Auto, Stream, 1 << 40, false),
         ] {
             assert_eq!(is_worth_measuring(choice, format, bytes), expected, "{choice:?} {format:?} {bytes}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_seeks_is_written_in_order() {
+        for (direct_bytes_per_s, buffered_bytes_per_s, expected) in [
+            (180_000_000, 120_000_000, true),
+            (3_600_000, 2_000_000_000, false),
+            (250_000_000, 250_000_000, false),
+        ] {
+            let rates = Rates { direct_bytes_per_s, buffered_bytes_per_s };
+            assert_eq!(wants_order(rates), expected, "{rates:?}");
         }
     }
 

@@ -58,7 +58,7 @@ impl<'a> Writing<'a> {
     /// Writes every page that is there, and counts.
     pub(super) fn pages(
         &mut self,
-        settings: &SaveSettings,
+        (channels, rate_max): (u16, Option<Rate>),
         ram: &Arc<GuestRam>,
         counters: &Arc<Counters>,
         cancel: &Cancel,
@@ -69,11 +69,8 @@ impl<'a> Writing<'a> {
                 let lanes = WriteLanes::start_with(
                     target.lane_target()?,
                     ram.clone(),
-                    LaneSettings {
-                        lanes: usize::from(settings.channels()),
-                        align: target.direct_io().alignment(),
-                    },
-                    LaneOptions { limit: settings.rate_max.map(Rate::limit), ..LaneOptions::default() },
+                    LaneSettings { lanes: usize::from(channels), align: target.direct_io().alignment() },
+                    LaneOptions { limit: rate_max.map(Rate::limit), ..LaneOptions::default() },
                     counters.clone(),
                     cancel.clone(),
                 )?;
