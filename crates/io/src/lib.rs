@@ -20,6 +20,7 @@ mod file_supply;
 mod hold;
 mod inflow;
 mod lane;
+mod numa;
 mod outflow;
 mod owner;
 mod place;

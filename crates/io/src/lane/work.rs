@@ -45,6 +45,8 @@ impl Lane {
 
     fn run(&self) -> Result<(), LaneError> {
         let Some(first) = self.queue.pop() else { return Ok(()) };
+        // Before its ring and its buffers are made.
+        crate::numa::settle(self.number);
         let mut flights = Flights::new(self, self.open_ring()?, &first);
         let mut next = Next::Piece(first);
         loop {
