@@ -86,6 +86,18 @@ pub fn read(path: &Path, cancel: &Cancel) -> Result<Duration> {
     Ok(started.elapsed())
 }
 
+/// Fills `bytes` of fresh memory through a userfaultfd from a unix socket, page by page in one thread, as QEMU does in a
+/// lazy restore, and says how long that took.
+///
+/// # Errors
+/// [`Kind::Io`](crate::Kind::Io) where this user may have no userfaultfd, [`Kind::Interrupted`](crate::Kind::Interrupted).
+pub fn fill_lazily(bytes: u64, cancel: &Cancel) -> Result<Duration> {
+    mem::fill_by_userfaultfd(bytes, cancel).map_err(|error| match error.kind() {
+        std::io::ErrorKind::Interrupted => Error::interrupted(),
+        _ => Error::io("cannot fill memory through a userfaultfd", error),
+    })
+}
+
 /// Writes a constant into `bytes` of fresh shared memory, as a restore fills it, and says how long that took: the
 /// pages have to be found, and be charged to somebody.
 ///

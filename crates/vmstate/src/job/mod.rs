@@ -4,6 +4,7 @@ pub mod ceiling;
 mod compare;
 mod convert;
 mod inspect;
+pub mod planning;
 mod progress;
 mod restore;
 mod resume;
