@@ -484,9 +484,9 @@ pub struct Demo {
 
 #[derive(Debug, ClapArgs)]
 pub struct Bench {
-    /// The guests' memory in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u64).range(64..=1_048_576))]
-    pub memory: u64,
+    /// The guests' memory in MiB [default: 1024; with --growth and --convert 4096]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(64..=1_048_576))]
+    pub memory: Option<u64>,
 
     /// Where the guests' memory comes from; may be given again [default: all three]
     #[arg(long, value_enum)]
@@ -494,7 +494,7 @@ pub struct Bench {
 
     /// Instead: restores in each mode and QEMU's own load beside each other, of idle and dirty guests of these sizes in
     /// MiB; those that memory or disk do not hold are left out
-    #[arg(long, value_name = "MIB,...", value_delimiter = ',', num_args = 0..=1, default_missing_value = "256,1024,4096,8192",
+    #[arg(long, value_name = "MIB,...", value_delimiter = ',', num_args = 0..=1, default_missing_value = "1024,4096,8192",
           value_parser = clap::value_parser!(u64).range(64..=1_048_576), conflicts_with_all = ["backend", "only", "repeat", "plot", "clones"])]
     pub restore_modes: Option<Vec<u64>>,
 
@@ -503,9 +503,21 @@ pub struct Bench {
           value_parser = clap::value_parser!(u16).range(1..=1000), conflicts_with_all = ["backend", "only", "rounds", "repeat", "quick", "plot"])]
     pub clones: Option<Vec<u16>>,
 
+    /// Instead: how the cost grows, with the memory of idle guests of these sizes in MiB and with what one of --memory has
+    /// touched; plans for a tebibyte, `info` of images, and how soon a job ends that is cancelled
+    #[arg(long, value_name = "MIB,...", value_delimiter = ',', num_args = 0..=1, default_missing_value = "1024,4096,8192,16384",
+          value_parser = clap::value_parser!(u64).range(64..=1_048_576),
+          conflicts_with_all = ["backend", "only", "repeat", "clones", "restore_modes"])]
+    pub growth: Option<Vec<u64>>,
+
+    /// Instead: the image of a dirty guest converted from mapped-ram into a stream and into libvirt's formats, and back,
+    /// beside what reading and writing as much takes
+    #[arg(long, conflicts_with_all = ["backend", "only", "repeat", "plot", "clones", "restore_modes", "growth"])]
+    pub convert: bool,
+
     /// Instead: virsh save and restore beside ours, of a domain of libvirt that runs. It is suspended, ended and restored
     /// many times, and in the end goes on where it was
-    #[arg(long, value_name = "DOMAIN", conflicts_with_all = ["memory", "backend", "only", "repeat", "plot", "clones", "restore_modes"])]
+    #[arg(long, value_name = "DOMAIN", conflicts_with_all = ["memory", "backend", "only", "repeat", "plot", "clones", "restore_modes", "growth", "convert"])]
     pub domain: Option<String>,
 
     #[command(flatten)]

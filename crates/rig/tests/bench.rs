@@ -2,10 +2,12 @@
 
 use std::path::Path;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use lab::bench::{
-    Backend, BenchReport, BenchSettings, Job, Load, ModesSettings, Rival, Style, Verdict, Way, bench, clones,
-    modes, render, render_clones, render_modes, svg,
+    Backend, BenchReport, BenchSettings, ConversionsSettings, GrowthSettings, Job, Load, ModesSettings,
+    Rival, Style, Verdict, Way, bench, clones, conversions, growth, growth_svg, modes, render, render_clones,
+    render_conversions, render_growth, render_modes, svg,
 };
 use lab::demo::Narrator;
 use vmstate::{Cancel, Kind};
@@ -139,7 +141,11 @@ fn every_mode_of_a_restore_has_its_row() {
     let report = modes(&settings, &cancel, &Silent).unwrap_or_else(|error| panic!("{}", error.chain()));
     assert_eq!(std::fs::read_dir(directory.path()).expect("the directory").count(), 0, "images were left");
     let found: Vec<_> = report.rows.iter().map(|row| (row.is_dirty, row.memory_mib, row.mode)).collect();
-    let modes = ["QEMU", "eager", "map", "map --wait", "lazy", "ceiling"];
+    let mut modes = vec!["QEMU", "eager", "map", "map --wait", "lazy", "lazy, stopped", "read ceiling"];
+    // Whoever may have no userfaultfd is told so.
+    if !report.notes.iter().any(|note| note.starts_with("no lazy ceiling")) {
+        modes.push("lazy ceiling");
+    }
     let mut expected = Vec::new();
     for is_dirty in [false, true] {
         for &mib in &settings.sizes_mib {
@@ -150,14 +156,16 @@ fn every_mode_of_a_restore_has_its_row() {
     assert_eq!(found, expected);
     for row in &report.rows {
         assert_eq!(row.rounds, 1);
-        let is_ceiling = row.mode == "ceiling";
+        let is_ceiling = row.mode.ends_with("ceiling");
+        let is_stopped = row.mode == "lazy, stopped";
         assert_eq!(row.first_instruction_ms.is_none(), is_ceiling, "{row:?}");
-        assert_eq!(row.guest_ready_ms.is_none(), is_ceiling, "{row:?}");
+        assert_eq!(row.guest_ready_ms.is_none(), is_ceiling || is_stopped, "{row:?}");
         assert!(row.from_ready_ms <= row.first_instruction_ms, "{row:?}");
-        assert!(is_ceiling || row.first_instruction_ms <= row.guest_ready_ms, "{row:?}");
-        assert_eq!(row.resident_ms.is_none(), row.mode == "map", "{row:?}");
+        assert!(row.guest_ready_ms.is_none_or(|ready| row.first_instruction_ms <= Some(ready)), "{row:?}");
+        assert_eq!(row.resident_ms.is_none(), matches!(row.mode, "map" | "lazy ceiling"), "{row:?}");
+        assert_eq!(row.fill_ms.is_some(), row.mode.starts_with("lazy"), "{row:?}");
         // What is mapped was not read, and what is waited for was.
-        let reads_all = matches!(row.mode, "eager" | "map --wait" | "lazy");
+        let reads_all = matches!(row.mode, "eager" | "map --wait" | "lazy" | "lazy, stopped");
         let least = if row.is_dirty { (row.memory_mib - 8) * MIB } else { 8 * MIB };
         assert_eq!(row.read_bytes >= least, reads_all, "{row:?}");
     }
@@ -185,4 +193,81 @@ fn what_clones_cost_is_counted_once_for_all_and_for_each() {
     assert!(of(2, "map, all read").resident_bytes >= 2 * guest, "{rows:?}");
     assert!(of(2, "map, all read").together_bytes < of(2, "eager").together_bytes, "{rows:?}");
     assert_eq!(render_clones(&rows, Style::Text).lines().count(), 1 + rows.len());
+}
+
+#[test]
+fn the_growth_has_a_row_for_every_size_and_share_and_cancelled_guests_run_again() {
+    let directory = directory();
+    let settings = GrowthSettings {
+        sizes_mib: vec![64, 96],
+        reserved_mib: Some(512 << 10),
+        shares_mib: MEMORY_MIB,
+        planned_bytes: 1 << 30,
+        rounds: 1,
+        time_per_size: Duration::ZERO,
+        directory: directory.path().to_owned(),
+        program: None,
+    };
+    let cancel = Cancel::new().expect("an eventfd");
+    // It is an error of the run when a guest does not run again behind a cancel.
+    let report = growth(&settings, &cancel, &Silent).unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!(std::fs::read_dir(directory.path()).expect("the directory").count(), 0, "images were left");
+
+    let backends = [Backend::Private, Backend::Memfd];
+    let mut expected: Vec<_> =
+        backends.iter().flat_map(|backend| [64, 96].map(|mib| (*backend, mib, true))).collect();
+    expected.extend(backends.map(|backend| (backend, 512 << 10, false)));
+    let found: Vec<_> =
+        report.sizes.iter().map(|row| (row.backend, row.memory_mib, row.qemu_ms.is_some())).collect();
+    assert_eq!(found, expected, "{:?}", report.notes);
+    for row in &report.sizes {
+        assert!((8 * MIB..24 * MIB).contains(&row.data_bytes), "{row:?}");
+        assert_eq!(row.ratio.is_some(), row.qemu_ms.is_some(), "{row:?}");
+        assert!(row.vmstate_peak_bytes < 256 * MIB, "{row:?}");
+        // The bits of 512 GiB that QEMU keeps of a migration are 16 MiB each, and no memory of the guest.
+        assert!(row.vmstate_growth_bytes < 200 << 20, "{row:?}");
+    }
+    let shares: Vec<_> = report.shares.iter().map(|row| (row.backend, row.touched_percent)).collect();
+    assert_eq!(shares, backends.map(|backend| [0, 1, 10, 50, 100].map(|share| (backend, share))).concat());
+    for row in &report.shares {
+        let touched = MEMORY_MIB * MIB * row.touched_percent / 100;
+        let most = touched + 16 * MIB;
+        assert!((touched.saturating_sub(8 * MIB)..most).contains(&row.data_bytes), "{row:?}");
+    }
+    assert_eq!(report.plans.len() + report.notes.len(), 6, "{:?}", report.notes);
+    let whats: Vec<_> = report.infos.iter().map(|row| row.ram_bytes >> 30).collect();
+    assert_eq!(whats, [512, 0, 0], "{:?}", report.infos);
+    // Twelve moments for each kind of memory; at some of them a job as short as this may be over.
+    assert_eq!(report.cancels.len(), 24);
+    for row in &report.cancels {
+        assert_eq!(row.count + row.too_late, 1, "{row:?}");
+        let is_sure = matches!(row.when, "connect" | "probe" | "stop" | "device state" | "compare");
+        assert!(!is_sure || row.count == 1, "{row:?}");
+    }
+    let text = render_growth(&report, Style::Markdown);
+    assert!(text.contains("512 GiB") && text.contains("From a cancel until the guest runs"), "{text}");
+    assert!(growth_svg(&report).ends_with("</svg>\n"));
+}
+
+#[test]
+fn every_conversion_has_its_row_and_its_ceilings() {
+    let directory = directory();
+    let settings = ConversionsSettings {
+        memory_mib: 128,
+        rounds: 1,
+        time_limit: None,
+        directory: directory.path().to_owned(),
+    };
+    let cancel = Cancel::new().expect("an eventfd");
+    let rows = conversions(&settings, &cancel, &Silent).unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!(std::fs::read_dir(directory.path()).expect("the directory").count(), 0, "images were left");
+    let found: Vec<_> = rows.iter().map(|row| (row.from, row.to)).collect();
+    let others = ["stream", "libvirt-raw", "libvirt-sparse"];
+    assert_eq!(found, others.map(|other| [("mapped-ram", other), (other, "mapped-ram")]).concat());
+    for row in &rows {
+        assert!((120 * MIB..136 * MIB).contains(&row.data_bytes), "{row:?}");
+        assert!(row.time_ms > 0.0 && row.read_ms > 0.0 && row.write_ms > 0.0, "{row:?}");
+        assert_eq!(row.verdict, Verdict::TooFewRounds);
+    }
+    assert_eq!(render_conversions(&rows, Style::Text).lines().count(), 1 + rows.len());
 }

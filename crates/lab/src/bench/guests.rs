@@ -15,7 +15,7 @@ const FILL_DEADLINE: Duration = Duration::from_secs(300);
 /// How long a wait for the guest goes on before the caller's wish to stop is looked at.
 const SLICE: Duration = Duration::from_millis(200);
 /// What an idle guest owns, in pages: 8 MiB.
-const IDLE_PAGES: u32 = 2048;
+pub const IDLE_PAGES: u32 = 2048;
 /// Where memory that is a file lies: on every Linux a file system in memory.
 pub const MEMORY_DIRECTORY: &str = "/dev/shm";
 
@@ -40,16 +40,7 @@ pub struct Running {
 impl Guests {
     /// Starts a guest and waits until it has done what it does to its memory, and halts.
     pub fn boot(&self, cancel: &Cancel) -> Result<Running> {
-        let mut running = self.start(Incoming::No)?;
-        let deadline = Instant::now() + FILL_DEADLINE;
-        loop {
-            match running.qemu.wait_for_round(1, SLICE) {
-                Ok(_) => return Ok(running),
-                Err(_) if cancel.is_cancelled() => return Err(Error::interrupted()),
-                Err(crate::Error::Deadline { .. }) if Instant::now() < deadline => {}
-                Err(error) => return Err(failed(error)),
-            }
-        }
+        until_halted(self.start(Incoming::No)?, cancel)
     }
 
     /// Starts a QEMU that waits for such a guest.
@@ -77,6 +68,24 @@ impl Guests {
         let spec =
             QemuSpec { backend, guest, incoming, ..QemuSpec::new(MachineKind::Q35, self.memory_mib << 20) };
         Ok(Running { qemu: spec.start().map_err(failed)?, _memory: memory })
+    }
+}
+
+/// Starts a guest that goes through its memory once and then halts, and waits until it has. Its memory is no file with
+/// a name.
+pub fn boot(spec: &QemuSpec, cancel: &Cancel) -> Result<Running> {
+    until_halted(Running { qemu: spec.start().map_err(failed)?, _memory: None }, cancel)
+}
+
+fn until_halted(mut running: Running, cancel: &Cancel) -> Result<Running> {
+    let deadline = Instant::now() + FILL_DEADLINE;
+    loop {
+        match running.qemu.wait_for_round(1, SLICE) {
+            Ok(_) => return Ok(running),
+            Err(_) if cancel.is_cancelled() => return Err(Error::interrupted()),
+            Err(crate::Error::Deadline { .. }) if Instant::now() < deadline => {}
+            Err(error) => return Err(failed(error)),
+        }
     }
 }
 

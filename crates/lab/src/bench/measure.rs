@@ -54,7 +54,7 @@ impl Images<'_> {
         self.directory.join(match way {
             Way::QemuStream => "stream.img",
             // The channels leave no trace in the image.
-            Way::QemuMapped | Way::QemuChannels | Way::QemuDirect => "mapped-ram.img",
+            Way::QemuMapped | Way::QemuOneDirect | Way::QemuChannels | Way::QemuDirect => "mapped-ram.img",
             Way::Vmstate => "vmstate.img",
         })
     }
@@ -117,7 +117,7 @@ fn save_qemus(running: &Running, way: Way, image: &Path, cancel: &Cancel) -> Res
     make_durable(image)?;
     let time = started.elapsed();
     let cost = meter.stop();
-    client.cont()?;
+    stock::run_on(&mut client, cancel)?;
     Ok(Sample { time, time_without_sync, cost, ..Sample::default() })
 }
 

@@ -6,8 +6,10 @@
 
 mod budget;
 mod clone;
+mod conversions;
 mod domain;
 mod fleet;
+mod growth;
 mod guests;
 mod measure;
 mod meter;
@@ -26,8 +28,13 @@ use std::time::Duration;
 use serde::Serialize;
 
 pub use budget::{Budget, Rival, Verdict};
+pub use conversions::{ConversionRow, ConversionsSettings, conversions, render_conversions};
 pub use domain::{DomainBenchSettings, DomainRow, domain, render_domain};
 pub use fleet::{CloneRow, clones, render_clones};
+pub use growth::{
+    CancelRow, GrowthReport, GrowthSettings, InfoRow, PlanRow, ShareRow, SizeRow, growth, growth_svg,
+    render_growth,
+};
 pub use modes::{ModeRow, ModesReport, ModesSettings, modes, render_modes};
 pub use plot::svg;
 pub use run::bench;
@@ -49,9 +56,9 @@ pub struct BenchSettings {
     pub directory: PathBuf,
     /// How many rounds a ratio is measured in.
     pub rounds: usize,
-    /// How often the rows are measured that no ratio needs.
+    /// How often every row is measured, at the least where there is time.
     pub repeats: usize,
-    /// How long the whole may take: rows and then rounds are cut to fit. `None` cuts nothing.
+    /// How long the whole may take, about: rows and then rounds are cut to fit. `None` cuts nothing.
     pub time_limit: Option<Duration>,
 }
 
@@ -134,6 +141,8 @@ pub enum Way {
     QemuStream,
     /// QEMU: mapped-ram, in one thread.
     QemuMapped,
+    /// QEMU: mapped-ram with multifd of one channel, past the page cache: it knows no other way past it with less.
+    QemuOneDirect,
     /// QEMU: mapped-ram with multifd.
     QemuChannels,
     /// QEMU: mapped-ram with multifd, past the page cache.
@@ -144,14 +153,25 @@ pub enum Way {
 
 impl Way {
     /// All of them, ours last.
-    pub const ALL: [Way; 5] =
-        [Way::QemuStream, Way::QemuMapped, Way::QemuChannels, Way::QemuDirect, Way::Vmstate];
+    pub const ALL: [Way; 6] = [
+        Way::QemuStream,
+        Way::QemuMapped,
+        Way::QemuOneDirect,
+        Way::QemuChannels,
+        Way::QemuDirect,
+        Way::Vmstate,
+    ];
+
+    /// QEMU's own.
+    pub const QEMUS: [Way; 5] =
+        [Way::QemuStream, Way::QemuMapped, Way::QemuOneDirect, Way::QemuChannels, Way::QemuDirect];
 
     /// Its name in tables.
     pub fn name(self) -> &'static str {
         match self {
             Way::QemuStream => "QEMU stream",
             Way::QemuMapped => "QEMU mapped-ram",
+            Way::QemuOneDirect => "QEMU mapped-ram, 1 channel, direct I/O",
             Way::QemuChannels => "QEMU mapped-ram, 8 channels",
             Way::QemuDirect => "QEMU mapped-ram, 8 channels, direct I/O",
             Way::Vmstate => "vmstate",
@@ -166,9 +186,9 @@ pub struct BenchReport {
     pub machine: Machine,
     /// The size of the guests in MiB.
     pub memory_mib: u64,
-    /// How many rounds each ratio has.
+    /// How many rounds each ratio was to have; it says itself how many it has.
     pub rounds: usize,
-    /// How often the other rows were measured.
+    /// How often every row was to be measured; it says itself how often it was.
     pub repeats: usize,
     /// The table.
     pub rows: Vec<Row>,

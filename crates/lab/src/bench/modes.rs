@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use vmstate::job::ceiling;
 use vmstate::qmp::Client;
-use vmstate::{Cancel, Error, Mode, ReadySerial, Result, net::QmpAddress};
+use vmstate::{Cancel, Error, Mode, ReadySerial, Record, Result, net::QmpAddress};
 
 use super::Way;
 use super::clone::{Clone, available_bytes, failed, make_image, spec};
 use super::measure::leave_cache;
 use super::room::Room;
-use super::statistics::median;
+use super::statistics::{interval, median};
 use super::stock::{self, Abilities};
-use super::table::{Cells, Style, lay_out};
+use super::table::{Cells, Style, factor, lay_out};
 use crate::demo::Narrator;
 use crate::{GuestSettings, Incoming, QemuSpec};
 
@@ -59,8 +59,9 @@ pub struct ModeRow {
     pub memory_mib: u64,
     /// Whether it has filled all of it, or 8 MiB.
     pub is_dirty: bool,
-    /// `eager`, `map`, `map --wait`, `lazy`, `QEMU` for its own load, or `ceiling`: the lanes read the image past the
-    /// page cache, for nobody.
+    /// `eager`, `map`, `map --wait`, `lazy`, `lazy, stopped` for one whose guest stays paused, `QEMU` for its own load;
+    /// or what none of them can be faster than, for nobody: `read ceiling`, in which the lanes read the image past the
+    /// page cache, and `lazy ceiling`, in which one thread places as many pages from a unix socket by userfaultfd.
     pub mode: &'static str,
     /// From the call until the guest could run: the median. That of QEMU's own load begins when QEMU is started.
     pub first_instruction_ms: Option<f64>,
@@ -72,6 +73,8 @@ pub struct ModeRow {
     pub guest_ready_ms: Option<f64>,
     /// From the call until all memory was there: in the guest, or with `map --wait` in the page cache.
     pub resident_ms: Option<f64>,
+    /// Of a lazy restore: from the first instruction until all memory was there, which the pages took.
+    pub fill_ms: Option<f64>,
     /// What the restore itself has read of the guest's pages.
     pub read_bytes: u64,
     /// How often it was measured.
@@ -86,18 +89,27 @@ enum Contender {
     Map,
     MapWait,
     Lazy,
-    Ceiling,
+    LazyStopped,
+    ReadCeiling,
+    LazyCeiling,
 }
 
 impl Contender {
-    const ALL: [Contender; 6] = [
+    const ALL: [Contender; 8] = [
         Contender::Qemu,
         Contender::Eager,
         Contender::Map,
         Contender::MapWait,
         Contender::Lazy,
-        Contender::Ceiling,
+        Contender::LazyStopped,
+        Contender::ReadCeiling,
+        Contender::LazyCeiling,
     ];
+
+    /// Whether it is measured with guests that have touched next to nothing: what only moves pages has none to move.
+    fn is_for_idle(self) -> bool {
+        !matches!(self, Contender::LazyStopped | Contender::ReadCeiling | Contender::LazyCeiling)
+    }
 
     fn name(self) -> &'static str {
         match self {
@@ -106,7 +118,9 @@ impl Contender {
             Contender::Map => "map",
             Contender::MapWait => "map --wait",
             Contender::Lazy => "lazy",
-            Contender::Ceiling => "ceiling",
+            Contender::LazyStopped => "lazy, stopped",
+            Contender::ReadCeiling => "read ceiling",
+            Contender::LazyCeiling => "lazy ceiling",
         }
     }
 }
@@ -118,6 +132,7 @@ struct Sample {
     from_ready: Option<f64>,
     guest_ready: Option<f64>,
     resident: Option<f64>,
+    fill: Option<f64>,
     read_bytes: u64,
 }
 
@@ -127,6 +142,7 @@ struct Saved<'a> {
     image: &'a Path,
     round: u32,
     direct_io: bool,
+    data_bytes: u64,
 }
 
 /// Restores guests of every size in each mode and by QEMU alone, in turn, from an image that is not in the page cache.
@@ -144,6 +160,14 @@ pub fn modes(settings: &ModesSettings, cancel: &Cancel, narrator: &dyn Narrator)
         .flat_map(|is_dirty| settings.sizes_mib.iter().map(move |&memory_mib| (is_dirty, memory_mib)))
         .collect();
     guests.reverse();
+    // A user may be refused a userfaultfd, and with it this one ceiling.
+    let has_lazy_ceiling = match ceiling::fill_lazily(1 << 20, cancel) {
+        Ok(_) => true,
+        Err(error) => {
+            notes.push(format!("no lazy ceiling: {}", error.chain()));
+            false
+        }
+    };
     while let Some((is_dirty, memory_mib)) = guests.pop() {
         let name = format!("{} guest of {memory_mib} MiB", if is_dirty { "dirty" } else { "idle" });
         if let Some(reason) = lacks_room(is_dirty, memory_mib, &settings.directory)? {
@@ -169,9 +193,13 @@ pub fn modes(settings: &ModesSettings, cancel: &Cancel, narrator: &dyn Narrator)
         };
         let spec = spec(memory_mib, guest);
         let round = make_image(&spec, &image, cancel)?;
-        let saved = Saved { spec, image: &image, round, direct_io };
-        // Of an idle guest the file is nearly all hole, and what reads it says nothing.
-        let contenders = &Contender::ALL[..Contender::ALL.len() - usize::from(!is_dirty)];
+        let data_bytes = vmstate::info(&image)?.data_bytes;
+        let saved = Saved { spec, image: &image, round, direct_io, data_bytes };
+        let contenders: Vec<Contender> = Contender::ALL
+            .into_iter()
+            .filter(|contender| is_dirty || contender.is_for_idle())
+            .filter(|contender| has_lazy_ceiling || *contender != Contender::LazyCeiling)
+            .collect();
         let mut samples = vec![Vec::new(); contenders.len()];
         for turn in 0..settings.rounds {
             let before = Instant::now();
@@ -187,6 +215,12 @@ pub fn modes(settings: &ModesSettings, cancel: &Cancel, narrator: &dyn Narrator)
             }
         }
         rows.extend(contenders.iter().zip(&samples).map(|(c, s)| row(memory_mib, is_dirty, *c, s)));
+        let of = |wanted| contenders.iter().zip(&samples).find(|(c, _)| **c == wanted).map(|(_, s)| &s[..]);
+        for lazy in [Contender::LazyStopped, Contender::Lazy] {
+            if let (Some(ours), Some(ceiling)) = (of(lazy), of(Contender::LazyCeiling)) {
+                notes.extend(fill_note(&name, lazy, ours, ceiling));
+            }
+        }
     }
     notes.extend(flatness(&rows));
     Ok(ModesReport { rows, notes, took_s: started.elapsed().as_secs_f64() })
@@ -210,23 +244,33 @@ fn measure(contender: Contender, saved: &Saved<'_>, cancel: &Cancel) -> Result<S
     leave_cache(saved.image)?;
     let (mode, wait) = match contender {
         Contender::Qemu => return by_qemu(saved, cancel),
-        Contender::Ceiling => {
+        Contender::LazyCeiling => {
+            let took = ceiling::fill_lazily(saved.data_bytes, cancel)?;
+            return Ok(Sample { fill: Some(ms(took)), ..Sample::default() });
+        }
+        Contender::ReadCeiling => {
             let took = ceiling::read(saved.image, cancel)?;
             return Ok(Sample { resident: Some(ms(took)), ..Sample::default() });
         }
         Contender::Eager => (Mode::Eager, false),
         Contender::Map => (Mode::Map, false),
         Contender::MapWait => (Mode::Map, true),
-        Contender::Lazy => (Mode::Lazy, false),
+        Contender::Lazy | Contender::LazyStopped => (Mode::Lazy, false),
     };
     let clone = Clone::start(&saved.spec, saved.image, cancel, |settings, home| {
+        (settings.mode, settings.wait) = (mode, wait);
+        if contender == Contender::LazyStopped {
+            settings.record = Record::Paused;
+            return;
+        }
         // The mark of the round that was under way: it comes when all of the memory was looked at.
         let console = QemuSpec::serial_path(home);
         settings.ready = Some(ReadySerial { console, text: "R0".to_owned() });
-        (settings.mode, settings.wait) = (mode, wait);
     })?;
     let report = &clone.report;
+    let fill = report.resident.filter(|_| mode == Mode::Lazy);
     Ok(Sample {
+        fill: fill.map(|resident| ms(resident.saturating_sub(report.first_instruction))),
         first_instruction: Some(ms(report.first_instruction)),
         from_ready: Some(ms(report.first_instruction_from_ready)),
         guest_ready: report.guest_ready.map(ms),
@@ -254,7 +298,7 @@ fn by_qemu(saved: &Saved<'_>, cancel: &Cancel) -> Result<Sample> {
         from_ready: Some(from_ready),
         guest_ready: Some(ms(called.elapsed())),
         resident: Some(first_instruction),
-        read_bytes: 0,
+        ..Sample::default()
     })
 }
 
@@ -270,9 +314,25 @@ fn row(memory_mib: u64, is_dirty: bool, contender: Contender, samples: &[Sample]
         from_ready_ms_min: all(|sample| sample.from_ready).into_iter().reduce(f64::min),
         guest_ready_ms: middle(|sample| sample.guest_ready),
         resident_ms: middle(|sample| sample.resident),
+        fill_ms: middle(|sample| sample.fill),
         read_bytes: samples.last().map_or(0, |sample| sample.read_bytes),
         rounds: samples.len(),
     }
+}
+
+/// How much of its ceiling a lazy restore reaches, round by round.
+fn fill_note(name: &str, contender: Contender, ours: &[Sample], ceiling: &[Sample]) -> Option<String> {
+    let ratios: Vec<f64> =
+        ours.iter().zip(ceiling).filter_map(|(ours, ceiling)| Some(ceiling.fill? / ours.fill?)).collect();
+    let ratio = interval(&ratios).filter(|ratio| ratio.median.is_finite())?;
+    Some(format!(
+        "{}, {name}: filled at {} of the lazy ceiling ({} – {}, {} rounds)",
+        contender.name(),
+        factor(ratio.median),
+        factor(ratio.low),
+        factor(ratio.high),
+        ratio.count
+    ))
 }
 
 /// What the size of an idle guest does to its first instruction.
@@ -304,6 +364,7 @@ pub fn render_modes(report: &ModesReport, style: Style) -> String {
             time(row.from_ready_ms_min, 1),
             time(row.guest_ready_ms, 0),
             time(row.resident_ms, 0),
+            time(row.fill_ms, 0),
             format!("{:.1}", mib(row.read_bytes)),
             row.rounds.to_string(),
         ]
@@ -316,6 +377,7 @@ pub fn render_modes(report: &ModesReport, style: Style) -> String {
         "fastest",
         "guest ready ms",
         "resident ms",
+        "fill ms",
         "read MiB",
         "rounds",
     ];
@@ -359,11 +421,25 @@ mod tests {
     }
 
     #[test]
+    fn a_fill_is_compared_with_the_ceiling_of_its_round() {
+        let of = |fill| Sample { fill: Some(fill), ..Sample::default() };
+        let (ours, ceiling) = ([of(100.0), of(200.0), of(50.0)], [of(80.0), of(100.0), of(45.0)]);
+        assert_eq!(
+            fill_note("dirty guest of 64 MiB", Contender::LazyStopped, &ours, &ceiling).as_deref(),
+            Some(
+                "lazy, stopped, dirty guest of 64 MiB: filled at 0.80 of the lazy ceiling (0.50 – 0.90, 3 rounds)"
+            )
+        );
+        assert_eq!(fill_note("", Contender::Lazy, &[Sample::default()], &ceiling), None);
+    }
+
+    #[test]
     fn a_row_has_the_median_and_leaves_out_what_was_not_measured() {
         let found = row(256, false, Contender::Map, &[sample(3.0), sample(9.0), sample(4.0)]);
         assert_eq!((found.first_instruction_ms, found.from_ready_ms), (Some(104.0), Some(4.0)));
         assert_eq!((found.from_ready_ms_min, found.resident_ms, found.rounds), (Some(3.0), None, 3));
-        let none = row(256, true, Contender::Ceiling, &[Sample { resident: Some(7.0), ..Sample::default() }]);
+        let none =
+            row(256, true, Contender::ReadCeiling, &[Sample { resident: Some(7.0), ..Sample::default() }]);
         assert_eq!((none.first_instruction_ms, none.resident_ms), (None, Some(7.0)));
     }
 
@@ -380,6 +456,6 @@ mod tests {
         let report = ModesReport { rows, notes: vec![expected.to_owned()], took_s: 1.0 };
         let text = render_modes(&report, Style::Markdown);
         assert!(text.ends_with(&format!("* {expected}\n")), "{text}");
-        assert!(text.contains("| 256 MiB idle | map | 105.0 | 5.0 | 5.0 | – | – | 0.0 | 1 |"), "{text}");
+        assert!(text.contains("| 256 MiB idle | map | 105.0 | 5.0 | 5.0 | – | – | – | 0.0 | 1 |"), "{text}");
     }
 }

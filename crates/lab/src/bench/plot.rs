@@ -8,7 +8,9 @@ use super::{Backend, BenchReport, Job, Load, Row, Way};
 const WIDTH: f64 = 1200.0;
 const MARGIN: f64 = 40.0;
 /// Where the panels begin, below the title.
-const PANELS_TOP: f64 = 136.0;
+const PANELS_TOP: f64 = 158.0;
+/// From one line of the legend to the next.
+const LEGEND_LINE: f64 = 22.0;
 const PANEL_GAP: f64 = 48.0;
 const BAR: f64 = 13.0;
 const BAR_GAP: f64 = 3.0;
@@ -20,19 +22,20 @@ const LABEL: f64 = 62.0;
 /// What the time takes right of the longest bar.
 const VALUE: f64 = 58.0;
 
-const INK: &str = "#1f2430";
-const QUIET: &str = "#6b7280";
+pub const INK: &str = "#1f2430";
+pub const QUIET: &str = "#6b7280";
 /// What keeps words readable where a line runs behind them.
 const HALO: &str = "paint-order=\"stroke\" stroke=\"#ffffff\" stroke-width=\"3\"";
-const RULE: &str = "#e5e7eb";
+pub const RULE: &str = "#e5e7eb";
 
 /// A colour for each way: QEMU's are cool and grow darker the faster they should be, ours is warm.
 fn colour(way: Way) -> &'static str {
     match way {
         Way::QemuStream => "#d3dbe6",
-        Way::QemuMapped => "#b3c1d4",
-        Way::QemuChannels => "#8ea3bf",
-        Way::QemuDirect => "#637d9f",
+        Way::QemuMapped => "#bcc9da",
+        Way::QemuOneDirect => "#a3b4ca",
+        Way::QemuChannels => "#849ab8",
+        Way::QemuDirect => "#5f799c",
         Way::Vmstate => "#e4572e",
     }
 }
@@ -90,14 +93,19 @@ fn head(text: &mut String, report: &BenchReport) {
     );
     label(text, MARGIN, 76.0, &subtitle, &format!("fill=\"{QUIET}\""));
     let mut left = MARGIN;
+    let mut top = 94.0;
     for way in Way::ALL {
-        bar(text, (left, 94.0), 13.0, colour(way));
-        label(text, left + 19.0, 105.0, way.name(), &format!("fill=\"{INK}\""));
-        left += 19.0 + width_of(way.name()) + 20.0;
+        let width = 19.0 + width_of(way.name()) + 20.0;
+        if left + width > WIDTH - MARGIN {
+            (left, top) = (MARGIN, top + LEGEND_LINE);
+        }
+        bar(text, (left, top), 13.0, colour(way));
+        label(text, left + 19.0, top + 11.0, way.name(), &format!("fill=\"{INK}\""));
+        left += width;
     }
     if report.rows.iter().any(|row| row.of_ceiling.is_some()) {
-        mark(text, left + 3.0, (94.0, 94.0 + BAR));
-        label(text, left + 12.0, 105.0, "ceiling", &format!("fill=\"{INK}\""));
+        mark(text, left + 3.0, (top, top + BAR));
+        label(text, left + 12.0, top + 11.0, "ceiling", &format!("fill=\"{INK}\""));
     }
 }
 
@@ -185,7 +193,8 @@ fn mark(text: &mut String, x: f64, (from, to): (f64, f64)) {
     );
 }
 
-fn label(text: &mut String, x: f64, y: f64, words: &str, style: &str) {
+/// Words at a place.
+pub fn label(text: &mut String, x: f64, y: f64, words: &str, style: &str) {
     _ = writeln!(text, "<text x=\"{x:.1}\" y=\"{y:.1}\" {style}>{}</text>", escaped(words));
 }
 

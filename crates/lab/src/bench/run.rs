@@ -10,7 +10,7 @@ use vmstate::{Cancel, Error, Result};
 use super::budget::{budget, verdict};
 use super::guests::Guests;
 use super::measure::{Images, Sample, ceiling_of_save, restore, save};
-use super::plan::{Experience, Plan};
+use super::plan::{CONTENDER_TIMES, Part, ROUNDS_MIN, Timetable, has_time};
 use super::room::Room;
 use super::statistics::{interval, median};
 use super::stock::Abilities;
@@ -55,12 +55,12 @@ fn measure_all(settings: &BenchSettings, cancel: &Cancel, narrator: &dyn Narrato
             run.guest(Guests { memory_mib: settings.memory_mib, backend, load })?;
         }
     }
-    let Run { machine, plan, rows, ceilings, comparisons, notes, .. } = run;
+    let Run { machine, rows, ceilings, comparisons, notes, .. } = run;
     Ok(BenchReport {
         machine,
         memory_mib: settings.memory_mib,
-        rounds: plan.rounds,
-        repeats: plan.repeats,
+        rounds: settings.rounds,
+        repeats: settings.repeats,
         rows,
         ceilings,
         comparisons,
@@ -76,9 +76,7 @@ struct Run<'a> {
     images: Images<'a>,
     machine: Machine,
     ways: Vec<Way>,
-    /// Cut after the first measurements, if need be.
-    plan: Plan,
-    is_planned: bool,
+    timetable: Timetable,
     started: Instant,
     rows: Vec<Row>,
     ceilings: Vec<Ceiling>,
@@ -108,6 +106,24 @@ impl Field {
         self.samples.get(&Way::Vmstate)?.iter().find_map(|sample| sample.data_bytes)
     }
 
+    /// vmstate, and those of QEMU's ways that may be its best.
+    fn contenders(&self, ways: &[Way]) -> Vec<Way> {
+        let time = |way| median(&self.times(way));
+        let most = self.qemus_best(ways).map_or(0.0, |best| time(best) * CONTENDER_TIMES);
+        ways.iter().copied().filter(|way| *way == Way::Vmstate || time(*way) <= most).collect()
+    }
+
+    /// About how long a round takes; beside what is measured there is a start of a QEMU.
+    fn round(&self, each: Duration) -> Duration {
+        let best =
+            self.samples.keys().filter(|way| **way != Way::Vmstate).map(|way| median(&self.times(*way)));
+        let (ours, best) = (median(&self.times(Way::Vmstate)), best.fold(f64::INFINITY, f64::min));
+        let measured: f64 = self.samples.keys().map(|way| median(&self.times(*way))).sum();
+        let beside = each.as_secs_f64() - measured / self.samples.len() as f64;
+        // The ceiling is not known yet; it is no slower than we are.
+        Duration::try_from_secs_f64(2.0 * ours + best + 2.0 * beside.max(0.0)).unwrap_or(Duration::ZERO)
+    }
+
     /// Whichever of QEMU's ways was the fastest so far.
     fn qemus_best(&self, ways: &[Way]) -> Option<Way> {
         let qemus = ways.iter().copied().filter(|way| *way != Way::Vmstate);
@@ -128,6 +144,9 @@ impl<'a> Run<'a> {
         let mut client = waiting.client(cancel)?;
         let has_direct_io = ceiling::takes_direct_io(directory)?;
         let abilities = Abilities::of(&mut client, has_direct_io)?;
+        let jobs = [(Job::Save, settings.saves), (Job::Restore, settings.restores)];
+        let jobs: Vec<Job> =
+            jobs.into_iter().filter_map(|(job, is_wanted)| is_wanted.then_some(job)).collect();
         let machine = Machine::here(client.version()?.to_string(), room.file_system.clone());
         let mut run = Run {
             settings,
@@ -136,8 +155,7 @@ impl<'a> Run<'a> {
             images: Images { directory },
             machine,
             ways: Way::ALL.into_iter().filter(|way| abilities.has(*way)).collect(),
-            plan: Plan { rounds: settings.rounds, repeats: settings.repeats.max(1) },
-            is_planned: false,
+            timetable: Timetable::start(Part::all(&settings.backends, &jobs), settings.time_limit),
             started: Instant::now(),
             rows: Vec::new(),
             ceilings: Vec::new(),
@@ -165,6 +183,11 @@ impl<'a> Run<'a> {
         self.narrator.tell(&format!("[{:>4.0} s] {text}", self.started.elapsed().as_secs_f64()));
     }
 
+    /// Until when a part may take.
+    fn begin(&mut self, job: Job, guests: &Guests) -> Option<Instant> {
+        self.timetable.begin(Part { job, backend: guests.backend, load: guests.load })
+    }
+
     /// Everything about one kind of guest.
     fn guest(&mut self, guests: Guests) -> Result<()> {
         if self.settings.saves {
@@ -180,13 +203,12 @@ impl<'a> Run<'a> {
 
     fn saves(&mut self, guests: &Guests) -> Result<()> {
         self.tell(&title(Job::Save, guests));
-        let booting = Instant::now();
+        let until = self.begin(Job::Save, guests);
         // A dirty guest has no memory that a save could add, so one serves for all.
         let dirty = match guests.load {
             Load::Dirty => Some(guests.boot(self.cancel)?),
             Load::Idle => None,
         };
-        let boot = booting.elapsed();
         let (images, cancel) = (Images { directory: self.images.directory }, self.cancel);
         let measure = |way| match &dirty {
             Some(running) => save(running, way, &images, cancel),
@@ -194,15 +216,16 @@ impl<'a> Run<'a> {
             None => save(&guests.boot(cancel)?, way, &images, cancel),
         };
         let mut field = Field::default();
-        self.repeat(&mut field, boot, measure)?;
+        self.rows(&mut field, until, true, &measure)?;
         let data_bytes = field.data_bytes().unwrap_or(0);
         let ceiling = || ceiling_of_save(&images, data_bytes, cancel);
-        self.rounds(&mut field, Job::Save, guests, measure, ceiling)?;
+        self.compare(&mut field, until, (Job::Save, guests), &measure, ceiling)?;
+        self.rest(&mut field, until, &measure)?;
         self.add_rows(&field, Job::Save, guests, data_bytes);
         if guests.load == Load::Dirty {
             let fresh = field.ceilings();
             let mut again = Vec::new();
-            for _ in 0..self.plan.repeats {
+            for _ in 0..self.settings.repeats {
                 again.push(ceiling::overwrite(&images.ceiling(), cancel)?.as_secs_f64());
             }
             self.add_ceiling(Job::Save, guests.backend, "write a new file", data_bytes, &fresh);
@@ -224,10 +247,11 @@ impl<'a> Run<'a> {
 
     fn restores(&mut self, guests: &Guests) -> Result<()> {
         self.tell(&title(Job::Restore, guests));
+        let until = self.begin(Job::Restore, guests);
         let (images, cancel) = (Images { directory: self.images.directory }, self.cancel);
         let measure = |way| restore(guests, way, &images, cancel);
         let mut field = Field::default();
-        self.repeat(&mut field, Duration::ZERO, measure)?;
+        self.rows(&mut field, until, guests.load == Load::Dirty, &measure)?;
         let data_bytes = field.data_bytes().unwrap_or(0);
         let (mut reads, mut fills) = (Vec::new(), Vec::new());
         if guests.load == Load::Dirty {
@@ -242,75 +266,98 @@ impl<'a> Run<'a> {
                 fills.push(fill.as_secs_f64());
                 Ok(read + fill)
             };
-            self.rounds(&mut field, Job::Restore, guests, measure, ceiling)?;
+            self.compare(&mut field, until, (Job::Restore, guests), &measure, ceiling)?;
         }
+        self.rest(&mut field, until, &measure)?;
         self.add_rows(&field, Job::Restore, guests, data_bytes);
         self.add_ceiling(Job::Restore, guests.backend, "read a file", data_bytes, &reads);
         self.add_ceiling(Job::Restore, guests.backend, "fill fresh shared memory", data_bytes, &fills);
         Ok(())
     }
 
-    /// Every way in turn, as often as rows are measured.
-    fn repeat(
-        &mut self,
+    /// Every way once, and those again that may be QEMU's best, while that leaves time for the rounds.
+    fn rows(
+        &self,
         field: &mut Field,
-        boot: Duration,
-        measure: impl Fn(Way) -> Result<Sample>,
+        until: Option<Instant>,
+        has_rounds: bool,
+        measure: &impl Fn(Way) -> Result<Sample>,
     ) -> Result<()> {
-        let mut done = 0;
-        while done < self.plan.repeats {
-            for way in self.ways.clone() {
-                self.check()?;
-                field.samples.entry(way).or_default().push(measure(way)?);
+        let started = Instant::now();
+        self.pass(field, &self.ways, measure)?;
+        let pass = started.elapsed();
+        for _ in 1..self.settings.repeats {
+            let contenders = field.contenders(&self.ways);
+            let part = contenders.len() as f64 / self.ways.len() as f64;
+            let rounds = if has_rounds {
+                field.round(pass / self.ways.len() as u32) * self.rounds()
+            } else {
+                Duration::ZERO
+            };
+            // A pass of the fastest takes no longer than their part of a pass of all.
+            if !has_time(until, pass.mul_f64(part) + rounds) {
+                break;
             }
-            done += 1;
-            self.cut_plan(field, boot);
+            self.pass(field, &contenders, measure)?;
         }
         field.best = field.qemus_best(&self.ways);
         Ok(())
     }
 
-    /// After the first pass of all it is known how fast this machine is.
-    fn cut_plan(&mut self, field: &Field, boot: Duration) {
-        if self.is_planned {
-            return;
-        }
-        self.is_planned = true;
-        let time = |way| median(&field.times(way));
-        let (ours, best) = (time(Way::Vmstate), field.qemus_best(&self.ways).map_or(0.0, time));
-        let experience = Experience {
-            boot_s: boot.as_secs_f64(),
-            pass_s: self.ways.iter().copied().map(time).sum(),
-            // The ceiling is not known yet; it is no slower than we are.
-            round_s: 2.0 * ours + best,
-            ways: self.ways.len(),
-            backends: self.settings.backends.len(),
-            saves: self.settings.saves,
-            restores: self.settings.restores,
-        };
-        let (plan, note) = experience.fit(self.plan, self.settings.time_limit);
-        self.plan = plan;
-        match note {
-            Some(note) => self.note(note),
-            None => self.tell(&format!("about {:.0} s in all", experience.estimate_s(plan))),
+    /// Whoever was measured less often than rows are, in time that is left.
+    fn rest(
+        &self,
+        field: &mut Field,
+        until: Option<Instant>,
+        measure: &impl Fn(Way) -> Result<Sample>,
+    ) -> Result<()> {
+        let mut longest = Duration::ZERO;
+        loop {
+            let count = |way: &Way| field.samples.get(way).map_or(0, Vec::len);
+            let few = self.ways.iter().copied().filter(|way| count(way) < self.settings.repeats);
+            let Some(way) = few.min_by_key(count) else { return Ok(()) };
+            let takes = Duration::from_secs_f64(median(&field.times(way)));
+            if !has_time(until, longest.max(takes)) {
+                return Ok(());
+            }
+            let started = Instant::now();
+            self.pass(field, &[way], measure)?;
+            longest = longest.max(started.elapsed());
         }
     }
 
+    fn pass(&self, field: &mut Field, ways: &[Way], measure: &impl Fn(Way) -> Result<Sample>) -> Result<()> {
+        for &way in ways {
+            self.check()?;
+            field.samples.entry(way).or_default().push(measure(way)?);
+        }
+        Ok(())
+    }
+
+    fn rounds(&self) -> u32 {
+        u32::try_from(self.settings.rounds).unwrap_or(u32::MAX)
+    }
+
     /// vmstate, QEMU's best and the ceiling once each in every round, forwards and backwards in turn.
-    fn rounds(
+    fn compare(
         &mut self,
         field: &mut Field,
-        job: Job,
-        guests: &Guests,
-        measure: impl Fn(Way) -> Result<Sample>,
+        until: Option<Instant>,
+        (job, guests): (Job, &Guests),
+        measure: &impl Fn(Way) -> Result<Sample>,
         mut ceiling: impl FnMut() -> Result<Duration>,
     ) -> Result<()> {
         let Some(best) = field.best else { return Ok(()) };
-        self.tell(&format!("{} rounds against {} and the ceiling", self.plan.rounds, best.name()));
+        self.tell(&format!("{} rounds against {} and the ceiling", self.settings.rounds, best.name()));
         // The others have been there before, and found by then what a disk does more slowly the first time.
         self.check()?;
         ceiling()?;
-        for round in 0..self.plan.rounds {
+        let mut longest = Duration::ZERO;
+        for round in 0..self.settings.rounds {
+            if round >= ROUNDS_MIN && !has_time(until, longest) {
+                break;
+            }
+            let started = Instant::now();
             let mut times = [Duration::ZERO; 3];
             let order = if round % 2 == 0 { [0, 1, 2] } else { [2, 1, 0] };
             for who in order {
@@ -326,6 +373,11 @@ impl<'a> Run<'a> {
                 };
             }
             field.rounds.push(times);
+            longest = longest.max(started.elapsed());
+        }
+        let (done, wanted) = (field.rounds.len(), self.settings.rounds);
+        if done < wanted {
+            self.note(format!("cut to fit: {} in {done} rounds instead of {wanted}", title(job, guests)));
         }
         self.add_comparisons(field, job, guests, best);
         Ok(())

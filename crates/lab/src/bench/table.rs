@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{BenchReport, Ceiling, Comparison, Job, Load, Row, Verdict, Way};
+use super::{BenchReport, Budget, Ceiling, Comparison, Job, Load, Row, Verdict, Way};
 
 /// How a report is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,20 @@ pub fn render(report: &BenchReport, style: Style) -> String {
     text
 }
 
+/// One line of what a report was measured on.
+pub fn machine_line(machine: &super::Machine, took_s: f64) -> String {
+    format!(
+        "vmstate {} and QEMU {}; {} × {}, {:.0} GiB of memory, Linux {}, images on {}; took {took_s:.0} s.\n",
+        machine.vmstate,
+        machine.qemu,
+        machine.processors,
+        machine.processor,
+        machine.memory_mib as f64 / 1024.0,
+        machine.kernel,
+        machine.file_system,
+    )
+}
+
 fn machine(report: &BenchReport) -> String {
     let machine = &report.machine;
     format!(
@@ -59,7 +73,8 @@ fn machine(report: &BenchReport) -> String {
     )
 }
 
-fn heading(text: &mut String, style: Style, title: &str) {
+/// A title, as the style has it.
+pub fn heading(text: &mut String, style: Style, title: &str) {
     match style {
         Style::Text => _ = write!(text, "\n{title}\n\n"),
         Style::Markdown => _ = write!(text, "\n## {title}\n\n"),
@@ -84,7 +99,7 @@ pub struct Cells {
 
 fn row_table(job: Job, rows: &[&Row]) -> Cells {
     let mut header =
-        vec!["memory", "way", "time", "min – max", "GB/s", "of ceiling", "CPU vmstate", "CPU QEMU"];
+        vec!["memory", "way", "time", "min – max", "n", "GB/s", "of ceiling", "CPU vmstate", "CPU QEMU"];
     header.push("vmstate peak");
     if job == Job::Save {
         header.extend(["QEMU grew", "file", "blocks"]);
@@ -96,6 +111,7 @@ fn row_table(job: Job, rows: &[&Row]) -> Cells {
             way_name(row),
             time(row.time_ms),
             format!("{} – {}", time(row.time_min_ms), time(row.time_max_ms)),
+            row.count.to_string(),
             // Next to no data says nothing of a rate.
             if is_dirty { format!("{:.2}", row.rate_bytes_per_s / 1e9) } else { "–".to_owned() },
             row.of_ceiling.map_or("–".to_owned(), |part| format!("{:.0} %", part * 100.0)),
@@ -156,8 +172,13 @@ fn comparison_table(comparisons: &[Comparison]) -> Cells {
 }
 
 fn verdict(comparison: &Comparison) -> String {
-    let from_gib = comparison.budget.map_or(0, |budget| budget.from_mib >> 10);
-    match comparison.verdict {
+    of_budget(comparison.verdict, comparison.budget)
+}
+
+/// A verdict in words.
+pub fn of_budget(verdict: Verdict, budget: Option<Budget>) -> String {
+    let from_gib = budget.map_or(0, |budget| budget.from_mib >> 10);
+    match verdict {
         Verdict::Met => "yes".to_owned(),
         Verdict::Missed => "no".to_owned(),
         Verdict::TooFewRounds => "too few rounds".to_owned(),
@@ -212,6 +233,9 @@ fn legend(text: &mut String, report: &BenchReport, style: Style) {
         "A save is written into a new file; a restore reads an image that is not in the page cache, into a QEMU \
          that waits already, until the guest runs."
             .to_owned(),
+        "Multifd is the only way of QEMU's past the page cache and over several channels, and only into mapped-ram: \
+         its stream has neither, and mapped-ram past the page cache takes one channel at the least."
+            .to_owned(),
         "QEMU's time begins at a monitor that is connected and set up; vmstate's is the whole call.".to_owned(),
         measured(report),
         "QEMU grew: how much memory the save made QEMU allocate. Its scan for zeros fills the holes of shared \
@@ -227,12 +251,14 @@ fn legend(text: &mut String, report: &BenchReport, style: Style) {
 
 /// How the numbers came about, with the interval that so many rounds allow.
 fn measured(report: &BenchReport) -> String {
-    let times = format!("A time is the median of {} measurements or more", report.repeats);
-    match report.comparisons.first() {
+    let least = report.rows.iter().map(|row| row.count).min().unwrap_or(0);
+    let times = format!("A time is the median of {least} measurements or more");
+    let fewest = report.comparisons.iter().map(|comparison| comparison.ratio).min_by_key(|ratio| ratio.count);
+    match fewest {
         None => format!("{times}."),
-        Some(Comparison { ratio, .. }) => format!(
-            "{times}; a ratio is the median of those of {} rounds (A B B A), the interval holds the true one with a \
-             probability of {:.0} %, and a budget is kept when the interval reaches it.",
+        Some(ratio) => format!(
+            "{times}; a ratio is the median of those of {} rounds or more (A B B A), the interval holds the true one \
+             with a probability of {:.0} %, and a budget is kept when the interval reaches it.",
             ratio.count,
             ratio.coverage * 100.0
         ),
@@ -267,7 +293,16 @@ pub fn size(bytes: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
-fn factor(ratio: f64) -> String {
+/// A length of whole units, as short as it can be.
+pub fn short_size(bytes: u64) -> String {
+    match bytes >> 20 {
+        mib if mib >= 1024 && mib % 1024 == 0 => format!("{} GiB", mib >> 10),
+        mib => format!("{mib} MiB"),
+    }
+}
+
+/// A ratio as people read it, in three digits.
+pub fn factor(ratio: f64) -> String {
     match ratio {
         ratio if ratio >= 20.0 => format!("{ratio:.0}"),
         ratio if ratio >= 10.0 => format!("{ratio:.1}"),
@@ -278,7 +313,7 @@ fn factor(ratio: f64) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::bench::{Backend, Budget, Interval, Machine, Rival};
+    use crate::bench::{Backend, Interval, Machine, Rival};
 
     /// A report of a machine that nobody has.
     pub fn report() -> BenchReport {
@@ -313,7 +348,7 @@ pub(super) mod tests {
             for (i, way) in Way::ALL.into_iter().enumerate() {
                 for (j, backend) in Backend::ALL.into_iter().enumerate() {
                     let base = if load == Load::Dirty { 400.0 } else { 9.0 };
-                    rows.push(row(job, load, way, backend, base * (6 - i + j) as f64));
+                    rows.push(row(job, load, way, backend, base * (7 - i + j) as f64));
                 }
             }
         }
@@ -365,7 +400,7 @@ pub(super) mod tests {
         let end =
             |line: &str, word: &str| line.split_once(word).unwrap().0.chars().count() + word.chars().count();
         let header = lines[at + 2];
-        assert_eq!(end(header, "  time"), end(lines[at + 3], "  2.40 s"));
+        assert_eq!(end(header, "  time"), end(lines[at + 3], "  2.80 s"));
         assert_eq!(end(header, "of ceiling"), end(lines[at + 3], "50 %"));
         assert_eq!(end(header, "blocks"), end(lines[at + 3], "9.00 MiB"));
         assert!(text.contains("  nothing was left out\n"), "{text}");
@@ -389,7 +424,7 @@ pub(super) mod tests {
             "## Restore of the idle guest: 9.00 MiB of data",
             "| save | dirty | memfd | QEMU mapped-ram, 8 channels, direct I/O | yes | 1.70 | 1.60 – 1.80 | ≥ 1.50 |",
             "| save | memfd | write a new file | 300 ms | 3.50 |",
-            "| memfd | vmstate (via direct) | 1.20 s | 1.08 s – 1.32 s | 0.83 | 50 % | 0.25 s | 1.50 s | 7.00 MiB | 0 B | 1.00 GiB | 9.00 MiB |",
+            "| memfd | vmstate (via direct) | 1.20 s | 1.08 s – 1.32 s | 3 | 0.83 | 50 % | 0.25 s | 1.50 s | 7.00 MiB | 0 B | 1.00 GiB | 9.00 MiB |",
         ] {
             assert!(text.contains(wanted), "{wanted} is not in\n{text}");
         }
