@@ -60,6 +60,8 @@ unpack_guest() {
 
 [ "$(uname -m)" = x86_64 ] || die "the guests are x86-64, and so must this machine be"
 has cargo || die "cargo is missing; install Rust first"
+# Only who counts instructions needs it.
+[ "${1:-}" != valgrind ] || has valgrind || install valgrind
 # What libvirt compresses images with: tests compare ours with them.
 for tool in bzip2 xz lzop zstd; do has "$tool" || missing="${missing:-} $tool"; done
 # shellcheck disable=SC2086

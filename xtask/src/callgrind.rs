@@ -63,7 +63,10 @@ fn circumstances() -> Result<String, String> {
 }
 
 fn count_all(root: &Path) -> Result<Vec<(String, u64)>, String> {
-    output(Command::new("valgrind").arg("--version"), "valgrind is not there: install the package valgrind")?;
+    output(
+        Command::new("valgrind").arg("--version"),
+        "valgrind is not there, and counts the instructions: `scripts/setup.sh valgrind` installs it",
+    )?;
     let mut counted = Vec::new();
     for (package, example) in EXAMPLES {
         let mut build = Command::new(env!("CARGO"));

@@ -9,12 +9,15 @@ use std::hint::black_box;
 
 use page::{PageCount, PageRange, PageSet, PageSize};
 use wire::mapped_ram::{BitmapScanner, decode_bitmap, encode_bitmap};
-use wire::qemu::{StreamScanner, decode_xen_device_state};
-use wire::{Fault, mapped_ram::format::bitmap_len};
+use wire::qemu::{BlockEntry, BlockListVariant, RamSetup, StreamScanner};
+use wire::qemu::{decode_ram_setup, decode_xen_device_state};
+use wire::{Fault, IdStr, mapped_ram::format::bitmap_len};
 
 /// The pages of 64 GiB, one in a hundred of which is there: no two side by side, the worst that bits can be.
 const PAGES: PageCount = PageCount(16 << 20);
 const ONE_IN: u64 = 100;
+/// As many blocks as a machine with memory in every slot has.
+const BLOCKS: u64 = 256;
 
 /// What is counted begins and ends here: callgrind is told this name.
 #[inline(never)]
@@ -57,6 +60,20 @@ fn bitmap_scan() {
     assert_eq!(runs.expect("a bitmap of ours"), PAGES.0.div_ceil(ONE_IN));
 }
 
+fn block_list_decode() {
+    let block = |i: u64| BlockEntry {
+        name: IdStr::new(&format!("/objects/memory{i}")).expect("a short name"),
+        used_length: (i + 1) << 30,
+        page_size: None,
+        address: None,
+    };
+    let setup = RamSetup { blocks: (0..BLOCKS).map(block).collect(), multifd_flush: true };
+    let mut bytes = Vec::new();
+    setup.encode(&mut bytes);
+    let read = measured(|| decode_ram_setup(&bytes, 0, BlockListVariant::Plain)).expect("a list of ours");
+    assert_eq!(read, (setup, bytes.len()));
+}
+
 fn layout_decode() {
     let file = golden::load("q35-10.0-mapped-ram");
     measured(|| golden::layout(&file, 0)).expect("an image of QEMU's");
@@ -84,7 +101,8 @@ fn device_split() {
     assert!(state.sections.len() > 10);
 }
 
-const COUNTED: [(&str, fn()); 6] = [
+const COUNTED: [(&str, fn()); 7] = [
+    ("block-list-decode", block_list_decode),
     ("bitmap-encode", bitmap_encode),
     ("bitmap-decode", bitmap_decode),
     ("bitmap-scan", bitmap_scan),
