@@ -48,7 +48,7 @@ pub use file_supply::FileSupply;
 pub use hold::hold;
 pub use inflow::Inflow;
 pub use lane::{LaneError, LaneOptions, LaneSettings, LaneTarget, PositionedWrite, RingWrite, WriteLanes};
-pub use outflow::{Outflow, OutflowError, PageContent, PagesWritten};
+pub use outflow::{Outflow, OutflowError, PageContent, PagesWritten, Through};
 pub use owner::{Owner, OwnerError};
 pub use place::{HEAD_LEN, Place};
 pub use rate_limit::RateLimit;

@@ -1,7 +1,8 @@
 //! One byte after the other: into a pipe, a socket, or a file that is written from front to back.
 
+use std::fmt;
 use std::fs::File;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -82,6 +83,32 @@ pub struct PagesWritten {
     pub zero_bytes: u64,
 }
 
+/// What takes the bytes where they do not go into a descriptor as they are: a compressor, for one.
+///
+/// It is handed a MiB or so at a time, and looks for itself that it does not wait for longer than it may.
+pub trait Through: Write {
+    /// Writes all that it holds, and the end. Nothing is written any more.
+    ///
+    /// # Errors
+    /// Whatever keeps it from that.
+    fn finish(&mut self) -> io::Result<()>;
+}
+
+/// Where the bytes go.
+enum Way {
+    Descriptor(File, Manner),
+    Through(Box<dyn Through>),
+}
+
+impl fmt::Debug for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Way::Descriptor(file, manner) => f.debug_tuple("Descriptor").field(file).field(manner).finish(),
+            Way::Through(_) => f.debug_tuple("Through").finish_non_exhaustive(),
+        }
+    }
+}
+
 /// How bytes get into a descriptor without waiting for longer than the switch allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Manner {
@@ -101,8 +128,7 @@ enum Manner {
 #[derive(Debug)]
 pub struct Outflow {
     path: PathBuf,
-    file: File,
-    manner: Manner,
+    way: Way,
     cancel: Cancel,
     buffer: Vec<u8>,
     page: Vec<u8>,
@@ -158,17 +184,25 @@ impl Outflow {
             }
             _ => (file, Manner::Blocking),
         };
-        Ok(Outflow {
+        Ok(Outflow::by(Way::Descriptor(file, manner), path, cancel))
+    }
+
+    /// Hands its bytes to `through`; `path` is for messages.
+    pub fn through(through: Box<dyn Through>, path: &Path, cancel: &Cancel) -> Outflow {
+        Outflow::by(Way::Through(through), path, cancel)
+    }
+
+    fn by(way: Way, path: &Path, cancel: &Cancel) -> Outflow {
+        Outflow {
             path: path.to_owned(),
-            file,
-            manner,
+            way,
             cancel: cancel.clone(),
             buffer: Vec::new(),
             page: Vec::new(),
             scratch: None,
             limit: None,
             written: 0,
-        })
+        }
     }
 
     /// From now on writes no faster than this.
@@ -183,7 +217,10 @@ impl Outflow {
 
     /// The descriptor once more, without what waits in the buffer.
     pub(crate) fn try_clone_file(&self) -> io::Result<File> {
-        self.file.try_clone()
+        match &self.way {
+            Way::Descriptor(file, _) => file.try_clone(),
+            Way::Through(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
     /// How many bytes were given so far, those in the buffer included.
@@ -274,45 +311,44 @@ impl Outflow {
             // A wait that the switch ends is seen before the first write.
             limit.wait(self.buffer.len() as u64, &self.cancel);
         }
+        match &mut self.way {
+            Way::Through(through) => {
+                if self.cancel.is_cancelled() {
+                    return Err(OutflowError::Cancelled);
+                }
+                through.write_all(&self.buffer).map_err(|source| self.failed(0, source))?;
+                self.written += self.buffer.len() as u64;
+            }
+            Way::Descriptor(..) => self.flush_into_descriptor()?,
+        }
+        self.buffer.clear();
+        Ok(())
+    }
+
+    fn flush_into_descriptor(&mut self) -> Result<(), OutflowError> {
+        let Way::Descriptor(file, manner) = &self.way else { return Ok(()) };
         let mut at = 0;
         while at < self.buffer.len() {
             if self.cancel.is_cancelled() {
                 return Err(OutflowError::Cancelled);
             }
-            match self.write_some(&self.buffer[at..]) {
+            match write_some(file, *manner, &self.buffer[at..]) {
                 Ok(0) => return Err(self.failed(at, io::ErrorKind::WriteZero.into())),
                 Ok(written) => {
                     at += written;
                     self.written += written as u64;
                 }
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => self.wait_for_room().map_err(|source| self.failed(at, source))?,
+                Err(Errno::AGAIN) => {
+                    wait_for_room(file, &self.cancel).map_err(|source| self.failed(at, source))?;
+                }
                 Err(Errno::PIPE | Errno::CONNRESET) => {
                     return Err(OutflowError::Closed { path: self.path.clone() });
                 }
                 Err(error) => return Err(self.failed(at, error.into())),
             }
         }
-        self.buffer.clear();
         Ok(())
-    }
-
-    fn write_some(&self, bytes: &[u8]) -> rustix::io::Result<usize> {
-        match self.manner {
-            Manner::Socket => rustix::net::send(&self.file, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL),
-            _ => rustix::io::write(&self.file, bytes),
-        }
-    }
-
-    fn wait_for_room(&self) -> io::Result<()> {
-        let mut fds = [
-            PollFd::new(&self.file, PollFlags::OUT),
-            PollFd::from_borrowed_fd(self.cancel.as_fd(), PollFlags::IN),
-        ];
-        match poll(&mut fds, None) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
     }
 
     fn failed(&self, at: usize, source: io::Error) -> OutflowError {
@@ -320,16 +356,35 @@ impl Outflow {
         OutflowError::Write { path: self.path.clone(), offset: self.written, len, source }
     }
 
-    /// Writes what waits and, where that is a file and `sync` is wanted, waits until it is on the disk.
+    /// Writes what waits and, where that is a file and `sync` is wanted, waits until it is on the disk. What goes
+    /// through something else ends there.
     ///
     /// # Errors
     /// [`OutflowError`], but for supplies.
     pub fn finish(mut self, sync: bool) -> Result<(), OutflowError> {
         self.flush()?;
-        if sync && self.manner == Manner::Whole {
-            self.file.sync_all().map_err(|source| self.failed(0, source))?;
-        }
-        Ok(())
+        let done = match &mut self.way {
+            Way::Descriptor(file, Manner::Whole) if sync => file.sync_all(),
+            Way::Descriptor(..) => Ok(()),
+            Way::Through(through) => through.finish(),
+        };
+        done.map_err(|source| self.failed(0, source))
+    }
+}
+
+fn write_some(file: &File, manner: Manner, bytes: &[u8]) -> rustix::io::Result<usize> {
+    match manner {
+        Manner::Socket => rustix::net::send(file, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL),
+        _ => rustix::io::write(file, bytes),
+    }
+}
+
+fn wait_for_room(file: &File, cancel: &Cancel) -> io::Result<()> {
+    let mut fds =
+        [PollFd::new(file, PollFlags::OUT), PollFd::from_borrowed_fd(cancel.as_fd(), PollFlags::IN)];
+    match poll(&mut fds, None) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -416,6 +471,54 @@ mod tests {
         expected.extend([2; 4096]);
         expected.extend(b"[Zero 0x106000]");
         assert_eq!(bytes, expected);
+    }
+
+    /// Keeps what it is handed where the test looks, and takes no more than so many bytes.
+    struct Kept {
+        bytes: Arc<std::sync::Mutex<Vec<u8>>>,
+        room: usize,
+    }
+
+    impl Write for Kept {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let mut kept = self.bytes.lock().expect("nobody panicked");
+            let len = bytes.len().min(self.room - kept.len());
+            kept.extend_from_slice(&bytes[..len]);
+            Ok(len)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Through for Kept {
+        fn finish(&mut self) -> io::Result<()> {
+            self.write_all(b" end")
+        }
+    }
+
+    #[test]
+    fn what_goes_through_something_is_whole_and_its_failures_are_told() {
+        let cancel = Cancel::new().expect("an eventfd");
+        let bytes = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let through = |room| Box::new(Kept { bytes: bytes.clone(), room });
+        let mut out = Outflow::through(through(100), Path::new("/x"), &cancel);
+        out.write(b"begin").expect("room");
+        out.flush().expect("room");
+        out.write(b" more").expect("room");
+        assert_eq!(out.position(), 10);
+        out.finish(true).expect("room");
+        assert_eq!(*bytes.lock().expect("nobody panicked"), b"begin more end");
+
+        let mut out = Outflow::through(through(16), Path::new("/x"), &cancel);
+        out.write(b"begin").expect("the buffer takes it");
+        let error = out.finish(true).expect_err("there is room for two bytes");
+        assert_eq!(error.to_string(), "write of 0x5 bytes to `/x` at 0x0");
+        let mut out = Outflow::through(through(100), Path::new("/x"), &cancel);
+        out.write(b"begin").expect("the buffer takes it");
+        cancel.cancel();
+        assert!(matches!(out.flush().expect_err("cancelled"), OutflowError::Cancelled));
     }
 
     #[test]
