@@ -203,9 +203,15 @@ impl From<io::LaneError> for Error {
 
 impl From<io::OutflowError> for Error {
     fn from(error: io::OutflowError) -> Error {
-        if matches!(error, io::OutflowError::Cancelled) {
-            return Error::interrupted();
-        }
+        let error = match error {
+            io::OutflowError::Cancelled => return Error::interrupted(),
+            // A lane, or whatever else the bytes go through, has its own words.
+            io::OutflowError::Write { path, offset, len, source } => match Error::from_within(source) {
+                Ok(error) => return error,
+                Err(source) => io::OutflowError::Write { path, offset, len, source },
+            },
+            error => error,
+        };
         let full = system_error(&error).is_some_and(is_full);
         let error = Error::new(Kind::Io, "the stream could not be written").because(error);
         if full { error.hint(FULL_HINT) } else { error }

@@ -37,6 +37,9 @@ pub use job::{
     Target, Then, Unobserved, Via, check, check_at, compare, compare_files, convert, info, info_at, rehearse,
     restore, resume, save,
 };
-pub use job::{DomainRestoreReport, DomainRestoreSettings, managed_image, restore_domain};
+pub use job::{
+    DomainRestoreReport, DomainRestoreSettings, ManagedSaveReport, ManagedSaveSettings, managed_image,
+    restore_domain, save_managed,
+};
 pub use job::{TakeUpReport, TakeUpSettings, take_up};
 pub use rate::Rate;

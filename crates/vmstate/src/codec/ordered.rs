@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -14,6 +15,8 @@ pub(super) struct Ordered<I, O> {
     jobs: Option<SyncSender<Job<I, O>>>,
     pending: VecDeque<Receiver<O>>,
     threads: Vec<JoinHandle<()>>,
+    /// Nobody wants what is not done yet.
+    is_abandoned: Arc<AtomicBool>,
 }
 
 impl<I: Send + 'static, O: Send + 'static> Ordered<I, O> {
@@ -28,21 +31,25 @@ impl<I: Send + 'static, O: Send + 'static> Ordered<I, O> {
         let work = Arc::new(work);
         let (jobs, queue) = sync_channel::<Job<I, O>>(count + 1);
         let queue = Arc::new(Mutex::new(queue));
+        let is_abandoned = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::with_capacity(count);
         for _ in 0..count {
-            let (work, queue) = (work.clone(), queue.clone());
+            let (work, queue, is_abandoned) = (work.clone(), queue.clone(), is_abandoned.clone());
             let thread = std::thread::Builder::new().name("vmstate-codec".to_owned());
             threads.push(thread.spawn(move || {
                 loop {
                     // One thread waits for work, the others for it: a lock a piece costs nothing.
                     let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
                     let Ok((input, done)) = job else { return };
+                    if is_abandoned.load(Ordering::Relaxed) {
+                        return;
+                    }
                     // Whoever asked may have gone.
                     let _ = done.send(work(input));
                 }
             })?);
         }
-        Ok(Ordered { jobs: Some(jobs), pending: VecDeque::new(), threads })
+        Ok(Ordered { jobs: Some(jobs), pending: VecDeque::new(), threads, is_abandoned })
     }
 
     /// Whether there is as much in hand as keeps every thread busy.
@@ -74,6 +81,8 @@ fn ended() -> io::Error {
 
 impl<I, O> Drop for Ordered<I, O> {
     fn drop(&mut self) {
+        // A guest may wait for this: what is in hand is the most that it waits for.
+        self.is_abandoned.store(true, Ordering::Relaxed);
         self.jobs = None;
         self.pending.clear();
         for thread in self.threads.drain(..) {

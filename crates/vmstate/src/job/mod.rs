@@ -33,7 +33,8 @@ pub use restore::{
 };
 pub use resume::{ResumeReport, ResumeSettings, resume};
 pub use save::{
-    DeviceStateBy, Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, managed_image, rehearse, save,
+    DeviceStateBy, ManagedSaveReport, ManagedSaveSettings, Rehearsal, SaveFormat, SaveReport, SaveSettings,
+    Then, managed_image, rehearse, save, save_managed,
 };
 
 /// Who carries the RAM.

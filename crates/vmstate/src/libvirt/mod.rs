@@ -11,6 +11,7 @@
 mod connection;
 mod domain;
 mod monitor;
+mod place;
 mod uri;
 
 pub use connection::{Connection, GivingUp};

@@ -220,8 +220,11 @@ impl Served {
             self.reconnect()?;
         }
         // libvirt finds a domain by its UUID, and another run of it is another guest: that is none of ours to resume or
-        // to end.
-        if self.is_another_run() {
+        // to end. Questions change nothing, and what
+        // follows from their answers asks again; but what is said of the run state counts by itself.
+        let command = request.get("execute").and_then(Value::as_str).unwrap_or_default();
+        let is_question = command.starts_with("query-") && command != "query-status";
+        if !is_question && self.is_another_run() {
             return Err(Over);
         }
         let mut answer = match self.carry_out(request, &fds) {

@@ -1,11 +1,11 @@
 //! An image of libvirt made of any source: a head, and behind it a stream, one that is compressed, or a mapped-ram
 //! image whose offsets count from the head.
 
-use io::Target;
+use io::{Outflow, Target};
 use wire::libvirt::{Head, PayloadFormat};
 use wire::qemu::global_state;
 
-use super::flow::{Means, Sink, byte_sink, write_failed};
+use super::flow::{ByteSink, Means, Sink, byte_sink, write_failed};
 use super::{MappedRamSink, StreamSink};
 use crate::source::{GuestShape, Pages, Tail};
 use crate::{Error, Kind, Result};
@@ -97,6 +97,47 @@ impl Sink for LibvirtSink<'_> {
     }
 }
 
+/// A way into the target that compresses as `format` has it, for whoever writes a stream; what stands in front of that
+/// is left to others.
+///
+/// # Errors
+/// As [`require_codec`]; when no descriptor or no thread is left.
+pub(crate) fn compressed_outflow(format: PayloadFormat, target: &Target, means: &Means) -> Result<Outflow> {
+    let through = compressed(format, byte_sink(target, means)?)?;
+    Ok(Outflow::through(Box::new(Handed(through)), target.path(), &means.cancel))
+}
+
+/// Bytes that an outflow hands over.
+struct Handed(Box<dyn ByteSink>);
+
+impl std::io::Write for Handed {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl io::Through for Handed {
+    fn finish(&mut self) -> std::io::Result<()> {
+        self.0.finish().map_err(std::io::Error::other)
+    }
+}
+
+/// Refuses a format that this build cannot compress.
+///
+/// # Errors
+/// [`Kind::Unsupported`].
+pub(crate) fn require_codec(format: PayloadFormat) -> Result<()> {
+    if !format.is_compressed() || cfg!(feature = "codecs") {
+        return Ok(());
+    }
+    let clause = format!("this build does not compress by {format}");
+    Err(Error::new(Kind::Unsupported, clause).hint("use a vmstate that was built with the feature `codecs`"))
+}
+
 /// Whether a restore lets the guest of this device state run; QEMU takes one that is not recorded for running.
 fn was_running(tail: &Tail, target: &Target) -> Result<bool> {
     let devices = tail.devices(target.path())?;
@@ -159,10 +200,6 @@ mod compressing {
 use compressing::compressed;
 
 #[cfg(not(feature = "codecs"))]
-fn compressed(
-    format: PayloadFormat,
-    _out: Box<dyn super::flow::ByteSink>,
-) -> Result<Box<dyn super::flow::ByteSink>> {
-    let clause = format!("this build does not compress by {format}");
-    Err(Error::new(Kind::Unsupported, clause).hint("use a vmstate that was built with the feature `codecs`"))
+fn compressed(format: PayloadFormat, out: Box<dyn ByteSink>) -> Result<Box<dyn ByteSink>> {
+    require_codec(format).map(|()| out)
 }

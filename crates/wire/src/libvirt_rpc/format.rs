@@ -78,6 +78,8 @@ pub enum Procedure {
     AuthList = 66,
     AuthPolkit = 70,
     ConnectGetLibVersion = 157,
+    DomainAbortJob = 164,
+    DomainManagedSave = 182,
     DomainGetState = 212,
     DomainRestoreFlags = 233,
     DomainRestoreParams = 441,

@@ -8,7 +8,7 @@ use mem::{AttachError, AttachReason, BlockAddress, GuestRam, PeerError};
 use page::PageSize;
 
 use super::writing::Writing;
-use super::{Carried, DeviceStateBy, SaveFormat, SaveSettings, Stopwatch, room, via_qemu};
+use super::{Carried, DeviceStateBy, SaveFormat, SaveSettings, Stopwatch, Then, room, via_qemu};
 use crate::manifest::Manifest;
 use crate::qemu::{self, AskedFacts, HostBlock, Probe, Probed, Session};
 use crate::sink::DeviceState;
@@ -186,14 +186,18 @@ pub(super) fn carry(
     ram.recheck().map_err(|error| {
         Error::new(Kind::Peer, "QEMU's memory changed its place during the save").because(error)
     })?;
-    session.verify_still()?;
+    // Where only the guest's own state tells it surely, that is read once: before the image gets its name, but for a
+    // guest that runs on before that, and for an image that is one as soon as it is written.
+    if !session.client.has_late_events() || settings.then == Then::Resume || target.is_sequential() {
+        session.verify_still()?;
+    }
     let read_at = Instant::now();
 
     watch.phase("metadata");
     writing.complete(&ram)?;
     Ok(Carried {
         run_state,
-        direct_io: target.direct().is_some() && format.has_places(),
+        direct_io: target.direct().is_some() && format.goes_by_lanes(),
         data_bytes: moved.data_bytes,
         zero_bytes: moved.zero_bytes,
         hole_bytes: moved.ram_bytes.saturating_sub(moved.data_bytes + moved.zero_bytes),

@@ -1,6 +1,6 @@
 //! What libvirt puts in front of a guest, and the choice of its format.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use io::{Cancel, TargetKind};
 use serde_json::{Value, json};
@@ -52,14 +52,26 @@ pub(super) fn choose(
 ) -> Result<(SaveFormat, Option<Envelope>)> {
     let QmpAddress::Domain { uri, name } = &settings.qmp else {
         let format = writing::format_for(settings.format, kind)?;
-        return match format {
-            SaveFormat::Libvirt(_) => {
-                Err(Error::new(Kind::Misuse, "an image of libvirt begins with its description of the domain")
-                    .hint("name the domain by --domain instead of --qmp, or convert the image afterwards"))
+        return match (format, settings.domain_xml.clone()) {
+            (SaveFormat::Libvirt(payload), Some(xml)) => {
+                Ok((format, Some(Envelope { head: head(payload, xml, None)? })))
             }
-            SaveFormat::MappedRam | SaveFormat::Stream => Ok((format, None)),
+            (SaveFormat::Libvirt(_), None) => {
+                Err(Error::new(Kind::Misuse, "an image of libvirt begins with its description of the domain")
+                    .hint("name the domain by --domain instead of --qmp, or give its XML by --xml"))
+            }
+            (_, Some(_)) => Err(Error::new(
+                Kind::Misuse,
+                "only an image of libvirt begins with a description of the domain",
+            )
+            .hint("leave the XML out, or name one of libvirt's formats by --format")),
+            (_, None) => Ok((format, None)),
         };
     };
+    if settings.domain_xml.is_some() {
+        return Err(Error::new(Kind::Misuse, "libvirt describes its domain itself")
+            .hint("leave the XML out; virsh save-image-define changes it in the image"));
+    }
     let mut libvirt = Connection::open(uri, GivingUp::Cancelled(cancel.clone()))?;
     let domain = libvirt.find(name)?;
     let wanted = match settings.format {
@@ -69,10 +81,13 @@ pub(super) fn choose(
     let format = writing::format_for(Some(wanted), kind)?;
     let SaveFormat::Libvirt(payload) = format else { return Ok((format, None)) };
     let text = libvirt.saved_text(&domain)?;
-    let head = Head::new(payload, true, text.xml, text.cookie).map_err(|fault| {
-        Error::new(Kind::Unsupported, "libvirt's description of the domain fits no image").because(fault)
-    })?;
-    Ok((format, Some(Envelope { head })))
+    Ok((format, Some(Envelope { head: head(payload, text.xml, text.cookie)? })))
+}
+
+fn head(payload: PayloadFormat, xml: String, cookie: Option<String>) -> Result<Head> {
+    Head::new(payload, true, xml, cookie).map_err(|fault| {
+        Error::new(Kind::Unsupported, "the description of the domain fits no image").because(fault)
+    })
 }
 
 /// The format that a user of this libvirt expects: the one that its configuration names, else the one that is written
@@ -91,20 +106,21 @@ fn usual(
     let sparse =
         version >= SPARSE_SINCE && (qemu.major, qemu.minor) >= MAPPED_RAM_SINCE && kind == TargetKind::File;
     let format = if sparse { PayloadFormat::Sparse } else { PayloadFormat::Raw };
-    let configured = configuration(uri).and_then(|path| configured_format(&path));
-    match configured.as_deref() {
-        Some("raw") => Ok(PayloadFormat::Raw),
-        Some("sparse") | None => {
-            observer.note(&format!("format libvirt-{format}: libvirt {}, QEMU {qemu}", dotted(version)));
-            Ok(format)
-        }
-        Some(other) => {
-            observer.warn(&format!(
-                "qemu.conf wants save images as {other}: a guest is saved as {format} and can be converted afterwards"
-            ));
-            Ok(format)
+    if let Some((path, configured)) = configured_format(libvirt, uri) {
+        let known = PayloadFormat::ALL.into_iter().find(|format| format.name() == configured);
+        match known.filter(|known| *known != PayloadFormat::Sparse || sparse) {
+            Some(known) => {
+                observer.note(&format!("format libvirt-{known}: save_image_format of {}", path.display()));
+                return Ok(known);
+            }
+            None => observer.warn(&format!(
+                "{} wants save images as `{configured}`, which cannot be had here: it is {format} instead",
+                path.display()
+            )),
         }
     }
+    observer.note(&format!("format libvirt-{format}: libvirt {}, QEMU {qemu}", dotted(version)));
+    Ok(format)
 }
 
 fn qemu_version(libvirt: &mut Connection, domain: &wire::libvirt_rpc::Domain) -> Result<Version> {
@@ -130,9 +146,11 @@ fn configuration(uri: &LibvirtUri) -> Option<PathBuf> {
     Some(folder.join("libvirt/qemu.conf"))
 }
 
-/// What the configuration says of the format of save images, if it can be read and says anything.
-fn configured_format(path: &Path) -> Option<String> {
-    std::fs::read_to_string(path).ok()?.lines().filter_map(save_image_format).next_back()
+/// What the daemon's configuration says of the format of save images, and where, if it can be read and says anything.
+fn configured_format(libvirt: &Connection, uri: &LibvirtUri) -> Option<(PathBuf, String)> {
+    let path = libvirt.path_from_here(&configuration(uri)?);
+    let format = std::fs::read_to_string(&path).ok()?.lines().filter_map(save_image_format).next_back()?;
+    Some((path, format))
 }
 
 fn save_image_format(line: &str) -> Option<String> {
@@ -149,15 +167,20 @@ fn save_image_format(line: &str) -> Option<String> {
 pub fn managed_image(uri: &LibvirtUri, name: &DomainName, cancel: &Cancel) -> Result<PathBuf> {
     let mut libvirt = Connection::open(uri, GivingUp::Cancelled(cancel.clone()))?;
     let domain = libvirt.find(name)?;
+    managed_image_of(&libvirt, uri, &domain.name)
+}
+
+/// As [`managed_image`], of a domain of this name.
+pub(super) fn managed_image_of(libvirt: &Connection, uri: &LibvirtUri, name: &str) -> Result<PathBuf> {
     let folder = match configuration(uri) {
         Some(_) if uri.driver().ends_with("/system") => PathBuf::from("/var/lib/libvirt/qemu"),
         Some(configuration) => configuration.with_file_name("qemu"),
         None => return Err(Error::new(Kind::Misuse, "HOME is not set, so libvirt's folder is not known")),
     };
-    if domain.name.contains('/') {
-        return Err(Error::new(Kind::Misuse, format!("domain `{}` has no managed image", domain.name)));
+    if name.contains('/') {
+        return Err(Error::new(Kind::Misuse, format!("domain `{name}` has no managed image")));
     }
-    Ok(folder.join("save").join(format!("{}.save", domain.name)))
+    Ok(libvirt.path_from_here(&folder.join("save").join(format!("{name}.save"))))
 }
 
 #[cfg(test)]

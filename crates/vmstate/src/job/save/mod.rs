@@ -2,6 +2,7 @@
 
 mod direct;
 mod envelope;
+mod managed;
 mod rehearsal;
 mod room;
 pub(super) use self::room::why_not_direct as why_not_direct_at;
@@ -18,6 +19,7 @@ use wire::libvirt::PayloadFormat;
 
 use self::envelope::Envelope;
 pub use self::envelope::managed_image;
+pub use self::managed::{ManagedSaveReport, ManagedSaveSettings, save_managed};
 pub use self::rehearsal::{Rehearsal, rehearse};
 
 use super::{DirectIo, Observer, Phases, Stopwatch, Via, anonymous_memory_bytes};
@@ -49,7 +51,7 @@ pub enum SaveFormat {
     /// One record after the other, as QEMU writes it into a pipe: every QEMU reads it.
     Stream,
     /// Either of them behind what libvirt needs to restore the domain: mapped-ram for [`PayloadFormat::Sparse`], a
-    /// stream for [`PayloadFormat::Raw`]; the others are for conversions.
+    /// stream for [`PayloadFormat::Raw`], and one that is compressed on its way for the others.
     Libvirt(PayloadFormat),
 }
 
@@ -72,6 +74,16 @@ impl SaveFormat {
     /// Whether its pages have places of their own, so that they are written in parallel and past the page cache.
     pub fn has_places(self) -> bool {
         matches!(self, SaveFormat::MappedRam | SaveFormat::Libvirt(PayloadFormat::Sparse))
+    }
+
+    /// Whether it is compressed, so that nobody knows how long it will be.
+    pub fn is_compressed(self) -> bool {
+        matches!(self, SaveFormat::Libvirt(payload) if payload.is_compressed())
+    }
+
+    /// Whether lanes write it, past the page cache where the target takes that.
+    pub(crate) fn goes_by_lanes(self) -> bool {
+        self.has_places() || self.is_compressed()
     }
 }
 
@@ -125,6 +137,8 @@ pub struct SaveSettings {
     pub timeout: Option<Duration>,
     /// QEMU's process, where the caller knows it.
     pub pid: Option<u32>,
+    /// The XML that an image of libvirt begins with, of a guest that is no domain yet. A domain is described by libvirt.
+    pub domain_xml: Option<String>,
 }
 
 impl SaveSettings {
@@ -148,6 +162,7 @@ impl SaveSettings {
             owner: Owner::default(),
             timeout: None,
             pid: None,
+            domain_xml: None,
         }
     }
 
@@ -349,7 +364,7 @@ fn carry(
     let (carried, via) = match prepared {
         Some(ready) => {
             watch.observer.note("via direct: QEMU gives the device state only");
-            if format == SaveFormat::MappedRam {
+            if format.goes_by_lanes() {
                 super::note_engine(watch.observer)?;
             }
             if rates.is_some_and(room::wants_order) {
@@ -445,6 +460,9 @@ fn why_not_qemu(kind: TargetKind, format: SaveFormat) -> Option<&'static str> {
 
 /// Refuses what no guest could change, before anything is opened.
 fn refuse_impossible(settings: &SaveSettings, kind: TargetKind, format: SaveFormat) -> Result<()> {
+    if let SaveFormat::Libvirt(payload) = format {
+        crate::sink::require_codec(payload)?;
+    }
     match why_not_qemu(kind, format) {
         Some(why) if settings.via == Via::Qemu => {
             Err(Error::new(Kind::Unsupported, why).hint("leave --via at auto, or save to a new file"))
@@ -469,7 +487,7 @@ fn draft_options(settings: &SaveSettings) -> DraftOptions {
 
 /// Why pages do not bypass the page cache, if they do not.
 fn why_not_direct(target: &Target, format: SaveFormat) -> Option<String> {
-    match (target.direct_io(), format.has_places()) {
+    match (target.direct_io(), format.goes_by_lanes()) {
         (io::DirectIo::Unsupported { reason }, _) => Some(reason),
         (io::DirectIo::Supported { .. }, false) => Some("the records of a stream are not aligned".to_owned()),
         (io::DirectIo::Supported { .. }, true) => None,

@@ -104,7 +104,7 @@ fn look(
         rates = room::settle_direct_io(settings, target, format, pages, watch.observer)?;
     }
     let direct_io = target.as_deref().is_some_and(|target| target.direct().is_some());
-    let direct_io = direct_io && format.has_places();
+    let direct_io = direct_io && format.goes_by_lanes();
     Ok(Rehearsal {
         via,
         reason,
@@ -115,7 +115,8 @@ fn look(
         fits,
         direct_io,
         direct_io_reason: target.as_deref().and_then(|target| super::why_not_direct(target, format)),
-        expected: rates.map(|rates| {
+        // How long it takes to compress is not tried.
+        expected: rates.filter(|_| !format.is_compressed()).map(|rates| {
             let rate = if direct_io { rates.direct_bytes_per_s } else { rates.buffered_bytes_per_s };
             let rate = settings.rate_max.map_or(rate, |max| rate.min(max.bytes_per_s().get()));
             Duration::from_secs_f64(pages as f64 / rate.max(1) as f64)

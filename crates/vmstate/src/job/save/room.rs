@@ -96,7 +96,8 @@ pub(super) fn require(
         }
         return Ok(());
     }
-    if present.saturating_add(metadata_bytes(ram, format)) <= room {
+    // How much of it compression leaves is found out by compressing; a disk that is full by then costs the save only.
+    if format.is_compressed() || present.saturating_add(metadata_bytes(ram, format)) <= room {
         return Ok(());
     }
     // What is beside the pages is only an estimate, and must not be what refuses a guest.
@@ -137,7 +138,7 @@ pub(super) fn settle_direct_io(
 }
 
 fn is_worth_measuring(choice: DirectIo, format: SaveFormat, bytes: u64) -> bool {
-    choice == DirectIo::Auto && format.has_places() && bytes >= MEASURED_LEN_MIN
+    choice == DirectIo::Auto && format.goes_by_lanes() && bytes >= MEASURED_LEN_MIN
 }
 
 /// A target that takes fewer bytes a second, by either way, is taken for one that seeks.

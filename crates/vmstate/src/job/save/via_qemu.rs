@@ -21,6 +21,9 @@ use crate::{Error, Kind, Rate, Result};
 /// files as well.
 pub(crate) const BANDWIDTH_MAX: u64 = 1 << 60;
 
+/// A file system with fewer bytes than these was full when QEMU could not write to it.
+const FULL_LEN: u64 = 64 << 10;
+
 /// A rate as a value of QEMU's `max-bandwidth`.
 fn as_qemu_takes_it(rate: Rate) -> u64 {
     rate.bytes_per_s().get().min(BANDWIDTH_MAX)
@@ -90,9 +93,11 @@ pub(super) fn carry(
     if end.status != "completed" {
         let reason = end.error.unwrap_or_else(|| format!("status `{}`", end.status));
         let error = Error::new(Kind::Peer, format!("QEMU could not save the guest: {reason}"));
-        // QEMU gives its reasons in the words of the C library, which has two for this.
+        // QEMU gives its reasons in the words of the C library, which has two for this; of the first bytes of all it
+        // knows nothing but that they could not be written.
         let full =
-            ["No space left on device", "Disk quota exceeded"].iter().any(|words| reason.contains(words));
+            ["No space left on device", "Disk quota exceeded"].iter().any(|words| reason.contains(words))
+                || target.room_bytes().ok().flatten().is_some_and(|room| room < FULL_LEN);
         return Err(if full { error.hint(FULL_HINT) } else { error });
     }
     watch.progress.complete();

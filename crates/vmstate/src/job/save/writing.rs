@@ -9,7 +9,9 @@ use super::{SaveFormat, SaveSettings};
 use crate::job::{anonymous_memory_bytes, untold_pages};
 use crate::manifest::Manifest;
 use crate::qemu::Probe;
-use crate::sink::{DeviceState, MappedRamComposition, StreamComposition, bitmap_pieces};
+use crate::sink::{
+    DeviceState, MappedRamComposition, Means, StreamComposition, bitmap_pieces, compressed_outflow,
+};
 use crate::{Error, Kind, Rate, Result};
 
 /// An image of a guest that stands still, being written.
@@ -46,7 +48,12 @@ impl<'a> Writing<'a> {
             }
             false => {
                 let composition = StreamComposition::new(probe, devices, run_state, manifest)?;
-                let mut out = Box::new(target.outflow(cancel)?);
+                let mut out = Box::new(match format {
+                    SaveFormat::Libvirt(payload) if payload.is_compressed() => {
+                        compressed_outflow(payload, target, &means(settings, cancel))?
+                    }
+                    _ => target.outflow(cancel)?,
+                });
                 if let Some(rate) = settings.rate_max {
                     out.limit(rate.limit());
                 }
@@ -131,6 +138,18 @@ impl<'a> Writing<'a> {
     }
 }
 
+/// With what compressed bytes are written. A limit holds up the pages, before they are compressed.
+fn means(settings: &SaveSettings, cancel: &Cancel) -> Means {
+    Means {
+        channels: settings.channels(),
+        // The pages are counted where they are read.
+        counters: Arc::new(Counters::default()),
+        sync: settings.sync,
+        domain: None,
+        cancel: cancel.clone(),
+    }
+}
+
 /// Deals every page that is there to the lanes, a window at a time.
 fn deal(ram: &GuestRam, composition: &MappedRamComposition, lanes: &WriteLanes) -> Result<()> {
     for (region, place) in composition.places().enumerate() {
@@ -149,10 +168,6 @@ pub(super) fn format_for(wanted: Option<SaveFormat>, target: io::TargetKind) -> 
     match (wanted, target) {
         (None, Pipe) => Ok(SaveFormat::Stream),
         (None, _) => Ok(SaveFormat::MappedRam),
-        (Some(SaveFormat::Libvirt(payload)), File) if payload.is_compressed() => refuse(
-            "a guest is not saved compressed",
-            "save it as libvirt-raw or libvirt-sparse, then convert",
-        ),
         (Some(SaveFormat::Libvirt(_)), Pipe | Place | Device) => {
             refuse("an image of libvirt is a file of its own", "give another place, or another --format")
         }
@@ -174,7 +189,8 @@ mod tests {
 
     #[test]
     fn the_format_follows_from_the_target_and_what_cannot_be_is_refused() {
-        use SaveFormat::{MappedRam, Stream};
+        use SaveFormat::{Libvirt, MappedRam, Stream};
+        use wire::libvirt::PayloadFormat;
         let pipe = "a mapped-ram image cannot go into a pipe, which has no offsets";
         let place = "a stream can only be a file of its own or go into a pipe";
         for (wanted, target, expected) in [
@@ -189,6 +205,8 @@ mod tests {
             (Some(Stream), Pipe, Ok(Stream)),
             (Some(Stream), Place, Err(place)),
             (Some(Stream), Device, Err(place)),
+            (Some(Libvirt(PayloadFormat::Zstd)), File, Ok(Libvirt(PayloadFormat::Zstd))),
+            (Some(Libvirt(PayloadFormat::Zstd)), Pipe, Err("an image of libvirt is a file of its own")),
         ] {
             let found = format_for(wanted, target).map_err(|error| error.to_string());
             assert_eq!(found, expected.map_err(str::to_owned), "{wanted:?} {target:?}");
