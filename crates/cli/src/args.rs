@@ -67,7 +67,8 @@ pub struct Save {
     #[arg(long, requires = "domain", conflicts_with = "image")]
     pub managed: bool,
 
-    /// Who carries the RAM: vmstate from outside, or QEMU's own mapped-ram into our descriptors
+    /// Who carries the RAM: vmstate from outside, or QEMU's own mapped-ram into our descriptors; with --managed also
+    /// libvirt, which then knows of the image at once
     #[arg(long, value_enum, default_value_t = ViaArg::Auto)]
     pub via: ViaArg,
 
@@ -79,10 +80,14 @@ pub struct Save {
     #[arg(long, value_enum, default_value_t = DeviceStateArg::Auto)]
     pub device_state: DeviceStateArg,
 
-    /// The image's format [default: mapped-ram; stream into a pipe, a FIFO or -; with --domain libvirt-sparse where
-    /// libvirt and QEMU know it, else libvirt-raw]
+    /// The image's format [default: mapped-ram; stream into a pipe, a FIFO or -; with --domain that of qemu.conf, else
+    /// libvirt-sparse where libvirt and QEMU know it, else libvirt-raw]
     #[arg(long, value_enum)]
     pub format: Option<FormatArg>,
+
+    /// The XML of the domain that an image of libvirt is to become, of a guest that is none yet (with --qmp)
+    #[arg(long, value_name = "FILE", conflicts_with = "domain")]
+    pub xml: Option<PathBuf>,
 
     /// Write into the file IMAGE, which must exist, from this offset on (0x10000, 64K, 1M, 2G)
     ///
@@ -643,6 +648,8 @@ pub enum ViaArg {
     Auto,
     Direct,
     Qemu,
+    /// libvirt's own managed save (with --managed)
+    Libvirt,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -666,9 +673,19 @@ pub enum FormatArg {
     MappedRam,
     /// One record after the other: every QEMU reads it
     Stream,
-    /// What virsh restore takes, the RAM one record after the other: for every libvirt (with --domain)
+    /// What virsh restore takes, the RAM one record after the other: for every libvirt
     LibvirtRaw,
-    /// What virsh restore takes since libvirt 11.2, the RAM at fixed offsets (with --domain)
+    /// The same, compressed by gzip as parallel members
+    LibvirtGzip,
+    /// The same by bzip2
+    LibvirtBzip2,
+    /// The same by xz
+    LibvirtXz,
+    /// The same by lzop
+    LibvirtLzop,
+    /// The same by zstd, which libvirt reads since 10.4
+    LibvirtZstd,
+    /// What virsh restore takes since libvirt 11.2, the RAM at fixed offsets
     LibvirtSparse,
 }
 

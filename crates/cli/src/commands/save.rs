@@ -1,11 +1,15 @@
 //! `vmstate save`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::{Map, json};
 use vmstate::libvirt::PayloadFormat;
 use vmstate::net::QmpAddress;
-use vmstate::{DeviceStateBy, Error, Kind, Rehearsal, SaveFormat, SaveReport, SaveSettings, Then, Via};
+use vmstate::{
+    DeviceStateBy, DirectIo, Error, Kind, ManagedSaveSettings, Rehearsal, SaveFormat, SaveReport,
+    SaveSettings, Then, Via,
+};
 
 use super::Outcome;
 use crate::args::{DeviceStateArg, FormatArg, Save, ThenArg, ViaArg};
@@ -18,6 +22,10 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
     if args.takes_stdout() {
         leave_stdout();
     }
+    if args.via == ViaArg::Libvirt {
+        return by_libvirt(args);
+    }
+    let domain_xml = args.xml.map(read_xml).transpose()?;
     let cancel = cancel_on_signals()?;
     let monitor = args.monitor.address()?;
     let image = match (args.image, &monitor) {
@@ -30,6 +38,7 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
             ViaArg::Auto => Via::Auto,
             ViaArg::Direct => Via::Direct,
             ViaArg::Qemu => Via::Qemu,
+            ViaArg::Libvirt => unreachable!("libvirt's own save was made above"),
         },
         device_state: match args.device_state {
             DeviceStateArg::Auto => DeviceStateBy::Auto,
@@ -40,6 +49,11 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
             FormatArg::MappedRam => SaveFormat::MappedRam,
             FormatArg::Stream => SaveFormat::Stream,
             FormatArg::LibvirtRaw => SaveFormat::Libvirt(PayloadFormat::Raw),
+            FormatArg::LibvirtGzip => SaveFormat::Libvirt(PayloadFormat::Gzip),
+            FormatArg::LibvirtBzip2 => SaveFormat::Libvirt(PayloadFormat::Bzip2),
+            FormatArg::LibvirtXz => SaveFormat::Libvirt(PayloadFormat::Xz),
+            FormatArg::LibvirtLzop => SaveFormat::Libvirt(PayloadFormat::Lzop),
+            FormatArg::LibvirtZstd => SaveFormat::Libvirt(PayloadFormat::Zstd),
             FormatArg::LibvirtSparse => SaveFormat::Libvirt(PayloadFormat::Sparse),
         }),
         offset: args.offset,
@@ -61,6 +75,7 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
         owner: args.owner.unwrap_or_default(),
         timeout: args.timeout.map(Duration::from_secs),
         pid: args.pid,
+        domain_xml,
         ..SaveSettings::new(monitor, image)
     };
     let reporter = Reporter { verbose: args.report.verbose };
@@ -82,8 +97,13 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
     if args.report.json {
         print_json(&as_json(&report));
     } else {
+        // libvirt's configuration may have chosen it.
+        let format = match settings.qmp {
+            QmpAddress::Domain { .. } => format!(" as {}", report.format.name()),
+            _ => String::new(),
+        };
         line(format!(
-            "saved {} via {} in {}: {} of data, {} zero, {} never touched; downtime {}, {}/s",
+            "saved {}{format} via {} in {}: {} of data, {} zero, {} never touched; downtime {}, {}/s",
             settings.image.display(),
             report.via.name(),
             time(report.duration),
@@ -96,6 +116,64 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
         if let Some(reason) = &report.reason {
             say(format!("QEMU carried the RAM: {reason}"));
         }
+    }
+    Ok(Outcome::Done)
+}
+
+fn read_xml(path: PathBuf) -> vmstate::Result<String> {
+    std::fs::read_to_string(&path)
+        .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))
+}
+
+/// Lets libvirt save a domain to where it looks when it starts it the next time.
+fn by_libvirt(args: Save) -> vmstate::Result<Outcome> {
+    let misuse = |clause: &str, hint: &str| Err(Error::new(Kind::Misuse, clause).hint(hint.to_owned()));
+    if !args.managed {
+        return misuse(
+            "only a managed save is made via libvirt",
+            "give --managed instead of an image, or leave --via out",
+        );
+    }
+    let not_libvirts = [
+        ("--format", args.format.is_some()),
+        ("--channels", args.channels.is_some() || args.parallel),
+        ("--max-bandwidth", args.max_bandwidth.is_some()),
+        ("--then", !matches!(args.then, None | Some(ThenArg::Quit))),
+        ("--offset", args.offset.is_some()),
+        ("--no-sync", args.no_sync),
+        ("--owner", args.owner.is_some()),
+        ("--dry-run", args.dry_run),
+        ("--timeout", args.timeout.is_some()),
+    ];
+    if let Some((name, _)) = not_libvirts.iter().find(|(_, is_given)| *is_given) {
+        return misuse(
+            &format!("libvirt's managed save knows no {name}"),
+            "leave it out, or leave --via libvirt out; qemu.conf names the format of libvirt's saves",
+        );
+    }
+    let QmpAddress::Domain { uri, name } = args.monitor.address()? else {
+        return misuse("a managed save is one of a domain", "name it by --domain");
+    };
+    let settings = ManagedSaveSettings {
+        uri,
+        name,
+        record: args.record.choice(),
+        bypass_cache: args.direct_io.choice() == DirectIo::On,
+    };
+    let cancel = cancel_on_signals()?;
+    let told = Told::start(Reporter { verbose: args.report.verbose }, args.progress.progress)?;
+    let report = vmstate::save_managed(&settings, &cancel, &told)?;
+    drop(told);
+    if args.report.json {
+        print_json(&json!({
+            "via": "libvirt",
+            "domain": report.domain,
+            "image": report.image,
+            "duration_ms": ms(report.duration),
+        }));
+    } else {
+        let (domain, image) = (&report.domain, report.image.display());
+        line(format!("libvirt saved domain {domain} to {image} in {}", time(report.duration)));
     }
     Ok(Outcome::Done)
 }
@@ -115,7 +193,11 @@ fn tell(settings: &SaveSettings, rehearsal: &Rehearsal) {
         Some(room) => line(format!(
             "  room        {}: {}",
             size(room),
-            if rehearsal.fits { "it fits" } else { "it does not fit" }
+            match (rehearsal.fits, rehearsal.bytes_max <= room) {
+                (true, false) if rehearsal.format.is_compressed() => "it fits if it compresses well enough",
+                (true, _) => "it fits",
+                (false, _) => "it does not fit",
+            }
         )),
         None => line("  room        not limited"),
     }
