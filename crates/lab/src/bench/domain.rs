@@ -18,8 +18,8 @@ use serde::Serialize;
 use vmstate::libvirt::{Connection, DomainName, GivingUp, LibvirtUri};
 use vmstate::net::QmpAddress;
 use vmstate::{
-    Cancel, DomainRestoreSettings, Error, Kind, Mode, Record, RestoreSettings, Result, SaveSettings, Target,
-    Then, Unobserved,
+    Cancel, DomainRestoreSettings, Error, Kind, Mode, Record, RestoreSettings, Result, SaveReport,
+    SaveSettings, Target, Then, Unobserved,
 };
 
 use super::Job;
@@ -107,7 +107,7 @@ pub fn domain(
     let mut connection = Connection::open(&settings.uri, GivingUp::Cancelled(cancel.clone()))?;
     let found = connection.find(&settings.name)?;
     drop(connection);
-    let bench = Bench { settings, name: found.name, uuid: found.uuid, cancel };
+    let bench = Bench { settings, name: found.name, uuid: found.uuid, cancel, narrator };
     let directory = tempfile::Builder::new()
         .prefix("vmstate-bench-")
         .tempdir_in(&settings.directory)
@@ -120,8 +120,7 @@ pub fn domain(
     if was_running {
         bench.virsh(&["suspend", &bench.name])?;
     }
-    let outcome =
-        bench.save_ours(&base, Then::Quit).and_then(|()| bench.measure(directory.path(), &base, narrator));
+    let outcome = bench.save_ours(&base, Then::Quit).and_then(|_| bench.measure(directory.path(), &base));
     let back = bench.bring_back(&base, was_running);
     if let Err(error) = back {
         // The image is all that is left of the guest.
@@ -138,10 +137,11 @@ struct Bench<'a> {
     name: String,
     uuid: [u8; 16],
     cancel: &'a Cancel,
+    narrator: &'a dyn Narrator,
 }
 
 impl Bench<'_> {
-    fn measure(&self, directory: &Path, base: &Path, narrator: &dyn Narrator) -> Result<Vec<DomainRow>> {
+    fn measure(&self, directory: &Path, base: &Path) -> Result<Vec<DomainRow>> {
         let ways = self.ways();
         let mut saves: Vec<Vec<Sample>> = ways.iter().map(|_| Vec::new()).collect();
         let mut restores = saves.clone();
@@ -156,7 +156,7 @@ impl Bench<'_> {
                 if self.cancel.is_cancelled() {
                     return Err(Error::interrupted());
                 }
-                narrator.tell(&format!("round {}: {}", round + 1, self.words(ways[i], Job::Save)));
+                self.narrator.tell(&format!("round {}: {}", round + 1, self.words(ways[i], Job::Save)));
                 // Each save has a QEMU of its own: what one made it allocate is there for the next.
                 self.restore_base(base)?;
                 saves[i].push(self.save(ways[i], &image)?);
@@ -249,15 +249,24 @@ impl Bench<'_> {
             Way::Sparse => self.virsh(&[&plain[..], &["sparse"]].concat()).map(drop),
             Way::SparseChannels => self.virsh(&[&plain[..], &several].concat()).map(drop),
             Way::SparseDirect => self.virsh(&[&plain[..], &several, &["--bypass-cache"]].concat()).map(drop),
-            Way::Ours | Way::OursAlone => self.save_ours(image, Then::Quit),
+            Way::Ours | Way::OursAlone => {
+                self.save_ours(image, Then::Quit).map(|report| self.tell_phases(&report))
+            }
         }
     }
 
-    fn save_ours(&self, image: &Path, then: Then) -> Result<()> {
+    /// Where the time of a save of ours went.
+    fn tell_phases(&self, report: &SaveReport) {
+        let phases = report.phases.0.iter().map(|(name, took)| format!("{name} {:.0}", ms(*took)));
+        let direct = if report.direct_io { "direct I/O" } else { "through the page cache" };
+        self.narrator.tell(&format!("  ms: {}; {direct}", phases.collect::<Vec<_>>().join(", ")));
+    }
+
+    fn save_ours(&self, image: &Path, then: Then) -> Result<SaveReport> {
         let name = DomainName(self.name.clone());
         let qmp = QmpAddress::Domain { uri: self.settings.uri.clone(), name };
         let settings = SaveSettings { then, ..SaveSettings::new(qmp, image) };
-        vmstate::save(&settings, self.cancel, &Unobserved).map(drop)
+        vmstate::save(&settings, self.cancel, &Unobserved)
     }
 
     /// Restores the image, paused, looks at what QEMU has, and ends it.

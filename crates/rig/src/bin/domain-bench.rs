@@ -33,8 +33,10 @@ fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let number = |i: usize, default: u64| words.get(i).map_or(Some(default), |word| word.parse().ok());
-    let (Some(memory_mib), Some(rounds), true) = (number(0, 1024), number(1, 3), words.len() <= 3) else {
-        eprintln!("domain-bench [MIB [ROUNDS [text|markdown|json]]]");
+    let (Some(memory_mib), Some(rounds), true) = (number(0, 1024), number(1, 3), words.len() <= 4) else {
+        eprintln!(
+            "domain-bench [MIB [ROUNDS [text|markdown|json [idle-private|dirty-private|idle-memfd|dirty-memfd]]]]"
+        );
         return ExitCode::from(2);
     };
     let keeper = std::env::current_exe().expect("this program").with_file_name("libvirt-keeper");
@@ -48,6 +50,9 @@ fn main() -> ExitCode {
                 settings = GuestSettings { pages_low_max: IDLE_PAGES, pages_high_max: 0, ..settings };
             }
             let name = format!("{}-{backing}", load.name());
+            if words.get(3).is_some_and(|wanted| *wanted != name) {
+                continue;
+            }
             let mut spec = DomainSpec::new(&name, memory_mib << 20);
             spec.memory_backing = xml.to_owned();
             spec.guest = Guest::new(settings);
