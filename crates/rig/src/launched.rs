@@ -36,6 +36,11 @@ impl Launched {
         Launched { qmp, pidfd: pidfd_open(pid, PidfdFlags::empty()).unwrap() }
     }
 
+    /// Its monitor.
+    pub fn qmp(&self) -> &Path {
+        &self.qmp
+    }
+
     /// Looks at every page of the guest, by way of an image of it.
     ///
     /// # Panics

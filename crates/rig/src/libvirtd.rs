@@ -8,8 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 
 use lab::{Guest, MachineKind, RamLayout, Serial};
+use vmstate::libvirt::DomainName;
+use vmstate::net::QmpAddress;
+use vmstate::{Cancel, SaveFormat, SaveSettings, Then, Unobserved};
 
-use crate::DEADLINE;
+use crate::{DEADLINE, verify_image};
 
 /// Everything by root, and nothing that only a service manager could give.
 const QEMU_CONF: &str = r#"user = "root"
@@ -297,6 +300,30 @@ impl Domain<'_> {
         self.libvirtd.virsh(&[&"save", &self.spec.name, &image, &"--image-format", &format]);
     }
 
+    /// The settings with which the command line saves it.
+    ///
+    /// # Panics
+    /// When the daemon's address is none.
+    pub fn settings(&self, image: &Path) -> SaveSettings {
+        let name = DomainName(self.spec.name.clone());
+        let uri = self.libvirtd.uri().parse().expect("a URI");
+        SaveSettings { then: Then::Quit, ..SaveSettings::new(QmpAddress::Domain { uri, name }, image) }
+    }
+
+    /// Looks at every page of it, by way of an image; it runs on.
+    ///
+    /// # Panics
+    /// When it cannot be saved, or a page is not as the guest left it.
+    pub fn verify(&self) {
+        let image = self.dir.join("look");
+        let look =
+            SaveSettings { format: Some(SaveFormat::MappedRam), then: Then::Resume, ..self.settings(&image) };
+        vmstate::save(&look, &Cancel::new().expect("an eventfd"), &Unobserved)
+            .unwrap_or_else(|error| panic!("{}: {}", self.spec.name, error.chain()));
+        verify_image(&self.spec.guest, &self.spec.layout(), &image);
+        std::fs::remove_file(&image).expect("the image goes");
+    }
+
     /// The process of its QEMU.
     ///
     /// # Panics
@@ -332,6 +359,12 @@ impl Domain<'_> {
                 continue;
             }
             command.push(word);
+            // libvirt's place for memory files is in a mount namespace of its own, and known by this name there.
+            let memory = text.split('"').find(|part| part.starts_with("/var/lib/libvirt/qemu/ram/"));
+            if let Some(memory) = memory {
+                command.push(text.replace(memory, &format!("{}/pc.ram", self.dir.display())).into());
+                continue;
+            }
             // The console was opened by libvirt, and passed.
             let console = format!("path={}/console", self.dir.display());
             let passed = text.split(',').find(|part| part.starts_with("path=/dev/fdset/"));

@@ -12,7 +12,7 @@ use vmstate::{
     Cancel, DomainRestoreSettings, Error, Kind, Observer, Record, ResumeSettings, SaveFormat, SaveReport,
     SaveSettings, Then, Unobserved, Via,
 };
-use vmstate_rig::{Domain, DomainSpec, Hook, Libvirtd, verify_image};
+use vmstate_rig::{DomainSpec, Hook, Libvirtd};
 use wire::libvirt::Head;
 
 #[path = "../../mem/tests/guest/huge.rs"]
@@ -27,32 +27,12 @@ fn uri(libvirtd: &Libvirtd) -> LibvirtUri {
     libvirtd.uri().parse().unwrap()
 }
 
-/// The settings of the command line for a domain.
-fn settings(libvirtd: &Libvirtd, domain: &Domain<'_>, image: &Path) -> SaveSettings {
-    let name = DomainName(domain.spec().name.clone());
-    let address = QmpAddress::Domain { uri: uri(libvirtd), name };
-    SaveSettings { then: Then::Quit, ..SaveSettings::new(address, image) }
-}
-
 fn save(settings: &SaveSettings, observer: &dyn Observer) -> Result<SaveReport, Error> {
     vmstate::save(settings, &Cancel::new().unwrap(), observer)
 }
 
 fn saved(settings: &SaveSettings) -> SaveReport {
     save(settings, &Unobserved).unwrap_or_else(|error| panic!("{}: {error:?}", error.chain()))
-}
-
-/// Looks at every page of a domain that runs, by way of an image of it.
-fn verify(libvirtd: &Libvirtd, domain: &Domain<'_>) {
-    let image = domain.dir().join("look");
-    let look = SaveSettings {
-        format: Some(SaveFormat::MappedRam),
-        then: Then::Resume,
-        ..settings(libvirtd, domain, &image)
-    };
-    saved(&look);
-    verify_image(&domain.spec().guest, &domain.spec().layout(), &image);
-    std::fs::remove_file(&image).unwrap();
 }
 
 fn head(image: &Path) -> Head {
@@ -67,7 +47,7 @@ fn check(libvirtd: &Libvirtd, name: &str, backing: &str, format: Option<SaveForm
     let mut domain = spec.start(libvirtd);
     domain.wait_for_rounds(2);
     let image = domain.dir().join("image");
-    let report = saved(&SaveSettings { format, ..settings(libvirtd, &domain, &image) });
+    let report = saved(&SaveSettings { format, ..domain.settings(&image) });
     assert_eq!((report.via, report.format), (Via::Direct, expected), "{name}: {:?}", report.reason);
     assert_eq!(domain.state(), "shut off", "{name}");
     assert_eq!(vmstate::check(&image).unwrap().report.faults, [], "{name}");
@@ -76,7 +56,7 @@ fn check(libvirtd: &Libvirtd, name: &str, backing: &str, format: Option<SaveForm
     assert_eq!(domain.state(), "running", "{name}");
     domain.wait_for_rounds(2);
     assert!(domain.serial.latest_round().unwrap() >= before + 2, "{name}");
-    verify(libvirtd, &domain);
+    domain.verify();
 }
 
 #[test]
@@ -89,6 +69,7 @@ fn what_vmstate_saves_of_a_domain_virsh_restores() {
     check(&libvirtd, "memfd", memfd, None, SPARSE);
     check(&libvirtd, "memfd-raw", memfd, Some(RAW), RAW);
     check(&libvirtd, "file", file, None, SPARSE);
+    check(&libvirtd, "file-raw", file, Some(RAW), RAW);
 }
 
 #[test]
@@ -96,6 +77,8 @@ fn a_domain_on_huge_pages_is_saved_and_virsh_restores_it() {
     let Some(_pool) = huge::HugePool::reserve(96 / 2 + 8, "domains on huge pages") else { return };
     let libvirtd = Libvirtd::start(KEEPER);
     check(&libvirtd, "huge", "<hugepages/><source type='memfd'/>", None, SPARSE);
+    check(&libvirtd, "huge-raw", "<hugepages/><source type='memfd'/>", Some(RAW), RAW);
+    check(&libvirtd, "huge-file", "<hugepages/>", None, SPARSE);
 }
 
 #[test]
@@ -104,7 +87,7 @@ fn what_stands_before_the_guest_is_what_libvirt_itself_writes() {
     let mut domain = DomainSpec::new("text", 64 * MIB).start(&libvirtd);
     domain.wait_for_rounds(1);
     let ours = domain.dir().join("ours");
-    saved(&SaveSettings { then: Then::Resume, ..settings(&libvirtd, &domain, &ours) });
+    saved(&SaveSettings { then: Then::Resume, ..domain.settings(&ours) });
     let theirs = domain.dir().join("theirs");
     domain.save(&theirs, "sparse");
     let (ours, theirs) = (head(&ours), head(&theirs));
@@ -137,7 +120,7 @@ fn libvirt_restores_a_domain_for_us_in_the_state_that_is_asked_for() {
     let mut domain = DomainSpec::new("back", 64 * MIB).start(&libvirtd);
     domain.wait_for_rounds(1);
     let image = domain.dir().join("image");
-    saved(&settings(&libvirtd, &domain, &image));
+    saved(&domain.settings(&image));
     let restore = |record, channels| DomainRestoreSettings {
         uri: uri(&libvirtd),
         image: image.clone(),
@@ -176,7 +159,7 @@ fn a_domain_that_somebody_resumes_in_mid_copy_is_not_saved() {
     domain.wait_for_rounds(1);
     let image = domain.dir().join("image");
     std::fs::write(&image, b"the old one").unwrap();
-    let settings = SaveSettings { overwrite: true, ..settings(&libvirtd, &domain, &image) };
+    let settings = SaveSettings { overwrite: true, ..domain.settings(&image) };
     // Resumed and suspended again: only events and the guest's own clock can tell.
     let hook = Hook::at("metadata", || {
         libvirtd.virsh(&[&"resume", &"moved"]);
@@ -200,7 +183,7 @@ fn a_domain_that_is_ended_and_started_again_in_mid_copy_is_another_guest_and_lef
     for phase in ["device state", "ram", "metadata"] {
         let image = domain.dir().join("image");
         std::fs::write(&image, b"the old one").unwrap();
-        let settings = SaveSettings { overwrite: true, ..settings(&libvirtd, &domain, &image) };
+        let settings = SaveSettings { overwrite: true, ..domain.settings(&image) };
         let hook = Hook::at(phase, || {
             libvirtd.virsh(&[&"destroy", &"another"]);
             libvirtd.virsh(&[&"start", &"another", &"--paused"]);
@@ -224,7 +207,7 @@ fn a_save_that_is_cancelled_leaves_the_domain_running_and_libvirt_saves_it_after
         let image = domain.dir().join("image");
         let cancel = Cancel::new().unwrap();
         let hook = Hook::at(phase, || cancel.cancel());
-        let error = vmstate::save(&settings(&libvirtd, &domain, &image), &cancel, &hook).unwrap_err();
+        let error = vmstate::save(&domain.settings(&image), &cancel, &hook).unwrap_err();
         assert_eq!(error.kind(), Kind::Interrupted, "{phase}: {}", error.chain());
         assert!(!image.exists(), "{phase}");
         assert_eq!(domain.state(), "running", "{phase}");
@@ -247,7 +230,7 @@ fn a_save_that_is_cancelled_leaves_the_domain_running_and_libvirt_saves_it_after
         libvirtd.virsh(&[&"restore", &image]);
         // A restore of libvirt's that bypasses the cache leaves traps, too: ours clears its way around them.
         let ours = domain.dir().join("ours");
-        saved(&SaveSettings { then: Then::Resume, overwrite: true, ..settings(&libvirtd, &domain, &ours) });
+        saved(&SaveSettings { then: Then::Resume, overwrite: true, ..domain.settings(&ours) });
         domain.wait_for_rounds(1);
     }
 }
@@ -265,8 +248,7 @@ fn a_full_disk_leaves_the_domain_running_and_the_disk_as_it_was() {
     let before = free();
     for via in [Via::Direct, Via::Qemu] {
         let image = place.join("image");
-        let error =
-            save(&SaveSettings { via, ..settings(&libvirtd, &domain, &image) }, &Unobserved).unwrap_err();
+        let error = save(&SaveSettings { via, ..domain.settings(&image) }, &Unobserved).unwrap_err();
         let hint = error.hint_text().unwrap_or_default().to_owned();
         assert!(hint.starts_with("the file system is full"), "{via:?}: {}: {hint}", error.chain());
         assert_eq!(domain.state(), "running", "{via:?}");
@@ -282,11 +264,11 @@ fn qemu_itself_saves_a_domain_through_libvirt_where_that_is_asked_for() {
     let mut domain = DomainSpec::new("qemus", 64 * MIB).start(&libvirtd);
     domain.wait_for_rounds(1);
     let image = domain.dir().join("image");
-    let report = saved(&SaveSettings { via: Via::Qemu, ..settings(&libvirtd, &domain, &image) });
+    let report = saved(&SaveSettings { via: Via::Qemu, ..domain.settings(&image) });
     assert_eq!((report.via, report.format), (Via::Qemu, SPARSE));
     libvirtd.virsh(&[&"restore", &image]);
     domain.wait_for_rounds(1);
-    verify(&libvirtd, &domain);
+    domain.verify();
 }
 
 #[test]
@@ -297,7 +279,7 @@ fn a_daemon_that_is_killed_and_restarted_in_the_middle_costs_the_save_and_not_th
     for phase in ["device state", "ram", "metadata"] {
         let image = domain.dir().join("image");
         std::fs::write(&image, b"the old one").unwrap();
-        let settings = SaveSettings { overwrite: true, ..settings(&libvirtd, &domain, &image) };
+        let settings = SaveSettings { overwrite: true, ..domain.settings(&image) };
         let hook = Hook::at(phase, || libvirtd.restart());
         let error = save(&settings, &hook).unwrap_err();
         assert!(hook.is_done(), "{phase}: {}", error.chain());
