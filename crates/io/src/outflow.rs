@@ -86,7 +86,7 @@ pub struct PagesWritten {
 /// What takes the bytes where they do not go into a descriptor as they are: a compressor, for one.
 ///
 /// It is handed a MiB or so at a time, and looks for itself that it does not wait for longer than it may.
-pub trait Through: Write {
+pub trait Through: Write + Send {
     /// Writes all that it holds, and the end. Nothing is written any more.
     ///
     /// # Errors

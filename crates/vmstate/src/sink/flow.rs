@@ -47,7 +47,7 @@ pub trait Sink {
 
 /// Bytes that follow each other into a file, a pipe, or whatever compresses them first. Errors of ours may be put
 /// into those of the system, see [`std::io::Error::other`].
-pub trait ByteSink: Write {
+pub trait ByteSink: Write + Send {
     /// Writes what waits. Nothing is written any more.
     ///
     /// # Errors
