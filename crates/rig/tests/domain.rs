@@ -153,6 +153,33 @@ fn libvirt_restores_a_domain_for_us_in_the_state_that_is_asked_for() {
 }
 
 #[test]
+fn libvirt_restores_a_domain_for_us_by_another_xml_and_with_every_flag() {
+    let libvirtd = Libvirtd::start(KEEPER);
+    let mut domain = DomainSpec::new("other", 64 * MIB).start(&libvirtd);
+    domain.wait_for_rounds(1);
+    let image = domain.dir().join("image");
+    saved(&domain.settings(&image));
+    for (channels, described) in [(None, "described once"), (Some(2), "described again")] {
+        let description = format!("<description>{described}</description>\n  <memory ");
+        let xml = head(&image).xml.replacen("<memory ", &description, 1);
+        let settings = DomainRestoreSettings {
+            uri: uri(&libvirtd),
+            image: image.clone(),
+            xml: Some(xml),
+            record: Record::AsItWas,
+            bypass_cache: true,
+            channels,
+            reset_nvram: true,
+        };
+        vmstate::restore_domain(&settings, &Cancel::new().unwrap(), &Unobserved)
+            .unwrap_or_else(|error| panic!("{described}: {}", error.chain()));
+        assert!(libvirtd.virsh(&[&"dumpxml", &"other"]).contains(described));
+        domain.wait_for_rounds(1);
+        libvirtd.virsh(&[&"destroy", &"other"]);
+    }
+}
+
+#[test]
 fn a_domain_that_somebody_resumes_in_mid_copy_is_not_saved() {
     let libvirtd = Libvirtd::start(KEEPER);
     let mut domain = DomainSpec::new("moved", 64 * MIB).start(&libvirtd);
