@@ -11,6 +11,9 @@ use crate::aligned::AlignedBuffer;
 /// How a job fills its buffer.
 type Fill<J> = dyn Fn(&J, &mut AlignedBuffer) -> io::Result<()> + Send + Sync;
 
+/// What is told whenever a job is done.
+type Wake = dyn Fn() + Send + Sync;
+
 /// A job that was done: what it was, what it filled, and what came of it.
 #[derive(Debug)]
 pub struct Filled<J> {
@@ -37,6 +40,7 @@ struct Shared<J> {
     state: Mutex<State<J>>,
     to_readers: Condvar,
     to_taker: Condvar,
+    wake: Box<Wake>,
 }
 
 struct State<J> {
@@ -61,11 +65,25 @@ impl<J: Send + 'static> ReadAhead<J> {
         readers: usize,
         fill: impl Fn(&J, &mut AlignedBuffer) -> io::Result<()> + Send + Sync + 'static,
     ) -> io::Result<ReadAhead<J>> {
+        ReadAhead::start_waking(readers, fill, || {})
+    }
+
+    /// The same, for a taker that waits for more than its readers: `wake` is called after each job that is done, from
+    /// its reader's thread, when [`ReadAhead::try_take`] already finds it.
+    ///
+    /// # Errors
+    /// As [`ReadAhead::start`].
+    pub fn start_waking(
+        readers: usize,
+        fill: impl Fn(&J, &mut AlignedBuffer) -> io::Result<()> + Send + Sync + 'static,
+        wake: impl Fn() + Send + Sync + 'static,
+    ) -> io::Result<ReadAhead<J>> {
         let state = State { waiting: VecDeque::new(), done: BTreeMap::new(), is_closed: false };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             to_readers: Condvar::new(),
             to_taker: Condvar::new(),
+            wake: Box::new(wake),
         });
         let fill: Arc<Fill<J>> = Arc::new(fill);
         // From here on an early return drops `started`, which ends the threads it has.
@@ -90,6 +108,13 @@ impl<J: Send + 'static> ReadAhead<J> {
     /// How many jobs were pushed and not yet taken.
     pub fn pending(&self) -> u64 {
         self.pushed - self.taken
+    }
+
+    /// The oldest job that was not yet taken, if it is done; never waits.
+    pub fn try_take(&mut self) -> Option<Filled<J>> {
+        let filled = self.shared.lock().done.remove(&self.taken)?;
+        self.taken += 1;
+        Some(filled)
     }
 
     /// Waits for the oldest job that was not yet taken; `None` where there is none.
@@ -139,6 +164,7 @@ fn read_on<J>(shared: &Shared<J>, fill: &Fill<J>) {
             .unwrap_or_else(|_| Err(io::Error::other("a reader panicked")));
         shared.lock().done.insert(number, Filled { job, buffer, result });
         shared.to_taker.notify_one();
+        (shared.wake)();
     }
 }
 
@@ -174,6 +200,24 @@ mod tests {
             assert!(filled.buffer.iter().all(|byte| *byte == job));
         }
         assert!(ahead.take().is_none(), "nothing is asked for");
+    }
+
+    #[test]
+    fn whoever_is_woken_finds_the_job_done() {
+        let (woken, wakes) = std::sync::mpsc::channel();
+        let fill = |job: &u8, buffer: &mut AlignedBuffer| {
+            buffer.fill(*job);
+            Ok(())
+        };
+        let mut ahead = ReadAhead::start_waking(1, fill, move || woken.send(()).unwrap()).unwrap();
+        assert!(ahead.try_take().is_none(), "nothing is asked for");
+        for job in [3, 5] {
+            ahead.push(job, AlignedBuffer::new(1));
+            wakes.recv().unwrap();
+            let filled = ahead.try_take().expect("it is done");
+            assert_eq!((filled.job, filled.buffer[0]), (job, job));
+        }
+        assert!(ahead.try_take().is_none() && ahead.pending() == 0);
     }
 
     #[test]
