@@ -19,6 +19,21 @@ pub fn unpack_golden(name: &str, to: &Path) {
     let read =
         Decompressor::new(Codec::Zstd, packed, 0, len).and_then(|mut file| file.read_to_end(&mut bytes));
     read.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    unpack(&bytes, name, to);
+}
+
+/// The same of a golden file of `wire`, which is not compressed.
+///
+/// # Panics
+/// As [`unpack_golden`].
+pub fn unpack_wire_golden(name: &str, to: &Path) {
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../wire/tests/golden").join(format!("{name}.golden"));
+    let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    unpack(&bytes, name, to);
+}
+
+fn unpack(bytes: &[u8], name: &str, to: &Path) {
     let head_len = bytes.windows(2).position(|pair| pair == b"\n\n").expect("a head") + 2;
     let (head, mut pieces) = bytes.split_at(head_len);
     let file = File::create(to).unwrap_or_else(|error| panic!("{}: {error}", to.display()));

@@ -5,6 +5,7 @@ pub mod faulty;
 mod footprint;
 mod golden;
 mod hook;
+mod huge_mount;
 mod launched;
 mod libvirtd;
 mod proxy;
@@ -19,8 +20,9 @@ use vmstate::source::MappedRamFile;
 
 pub use compare::{Difference, compare_images};
 pub use footprint::Footprint;
-pub use golden::unpack_golden;
+pub use golden::{unpack_golden, unpack_wire_golden};
 pub use hook::Hook;
+pub use huge_mount::HugeMount;
 pub use launched::Launched;
 pub use libvirtd::{Domain, DomainSpec, Libvirtd};
 pub use proxy::Proxy;

@@ -8,7 +8,6 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 
 #[path = "../../mem/tests/guest/huge.rs"]
@@ -23,7 +22,9 @@ use vmstate::source::MappedRamFile;
 use vmstate::{
     Cancel, Record, RestoreReport, RestoreSettings, SaveReport, SaveSettings, Target, Unobserved, Via,
 };
-use vmstate_rig::{DEADLINE, StockLoad, client, compare_images, stock_load, stock_save, verify_image};
+use vmstate_rig::{
+    DEADLINE, HugeMount, StockLoad, client, compare_images, stock_load, stock_save, verify_image,
+};
 
 /// What QEMU's own probe may allocate of shared memory in the moment before it is cancelled.
 const PROBE_BYTES_MAX: u64 = 4 << 20;
@@ -293,32 +294,6 @@ fn check_unlinking(dir: &Path, case: &Case<'_>) {
     };
     check(&Case { backend: &backend, ..*case });
     clear();
-}
-
-/// A hugetlbfs that is mounted for a test.
-struct HugeMount(PathBuf);
-
-impl HugeMount {
-    fn new(at: &Path) -> Option<HugeMount> {
-        let output =
-            Command::new("mount").args(["-t", "hugetlbfs", "-o", "pagesize=2M", "none"]).arg(at).output();
-        match output {
-            Ok(output) if output.status.success() => return Some(HugeMount(at.to_owned())),
-            Ok(output) => println!(
-                "NOT TESTED here: files on hugetlbfs: {}",
-                String::from_utf8_lossy(&output.stderr).trim()
-            ),
-            Err(error) => println!("NOT TESTED here: files on hugetlbfs: mount: {error}"),
-        }
-        None
-    }
-}
-
-impl Drop for HugeMount {
-    fn drop(&mut self) {
-        // A mount that stays is seen by whoever removes its directory.
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 #[test]
