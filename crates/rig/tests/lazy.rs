@@ -1,14 +1,23 @@
 //! Restore on demand: the guest runs before its memory has come, and is whole when it has.
 
+#![allow(clippy::print_stdout, reason = "a test that leaves something out says what it misses")]
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+#[path = "../../mem/tests/guest/huge.rs"]
+mod huge;
+
+use huge::HugePool;
+
 use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
 use vmstate::net::QmpAddress;
+use vmstate::source::{Format, MappedRamFile};
 use vmstate::{
-    Cancel, Kind, Mode, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Unobserved,
+    Cancel, ConvertSettings, Kind, Mode, Record, RestoreReport, RestoreSettings, Result, SaveSettings,
+    Target, Unobserved,
 };
-use vmstate_rig::{DEADLINE, Difference, client};
+use vmstate_rig::{DEADLINE, Difference, HugeMount, StockLoad, client, stock_save};
 
 struct Saved {
     _dir: tempfile::TempDir,
@@ -50,6 +59,7 @@ fn restore(image: &Path, target: &Qemu, record: Record) -> Result<RestoreReport>
 
 #[test]
 fn a_guest_runs_before_its_memory_has_come_and_is_whole_when_it_has() {
+    let shm = tempfile::tempdir_in("/dev/shm").unwrap();
     for machine in [MachineKind::Q35, MachineKind::Pc] {
         let saved = saved(QemuSpec::new(machine, 256 << 20), 40_000);
         for backend in [
@@ -57,6 +67,8 @@ fn a_guest_runs_before_its_memory_has_come_and_is_whole_when_it_has() {
             MemoryBackend::Memfd,
             MemoryBackend::Object("memory-backend-memfd,share=off".to_owned()),
             MemoryBackend::Ram,
+            MemoryBackend::Object("memory-backend-ram,share=on".to_owned()),
+            MemoryBackend::File(shm.path().join(machine.name())),
         ] {
             let name = format!("{} {backend}", machine.name());
             let mut target = waiting(&saved, backend);
@@ -70,6 +82,105 @@ fn a_guest_runs_before_its_memory_has_come_and_is_whole_when_it_has() {
             target.wait_for_round(saved.round + 2, DEADLINE).expect(&name);
             let left_on = client(&target).capabilities().unwrap();
             assert!(left_on.iter().all(|c| !c.state || c.name == "events"), "{name}: {left_on:?}");
+        }
+    }
+}
+
+#[test]
+fn pages_of_2_mib_come_whole() {
+    let mib = 128;
+    let saved = saved(QemuSpec::new(MachineKind::Q35, mib << 20), 20_000);
+    let Some(_pool) = HugePool::reserve(mib / 2 + 8, "restores on demand into huge pages") else { return };
+    let check = |backend: &str| {
+        let mut target = waiting(&saved, MemoryBackend::Object(backend.to_owned()));
+        let report = restore(&saved.image, &target, Record::AsItWas)
+            .unwrap_or_else(|error| panic!("{backend}: {}; {}", error.chain(), target.stderr()));
+        let faults = report.faults.unwrap();
+        assert!(faults.served > 0 && faults.preempt, "{backend}: {faults:?}");
+        assert_eq!(report.run_state, "running", "{backend}");
+        target.wait_for_round(saved.round + 2, DEADLINE).expect(backend);
+    };
+    check("memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on");
+    check("memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=off");
+    let dir = tempfile::tempdir().unwrap();
+    let Some(_mount) = HugeMount::new(dir.path()) else { return };
+    let path = dir.path().join("ram");
+    check(&format!("memory-backend-file,share=on,mem-path={}", path.display()));
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn images_by_stock_qemu_come_on_demand() {
+    for how in [StockLoad::PLAIN, StockLoad::BEST] {
+        let mut saved = saved(QemuSpec::new(MachineKind::Q35, 128 << 20), 20_000);
+        let mut source = waiting(&saved, MemoryBackend::Plain);
+        restore(&saved.image, &source, Record::AsItWas).unwrap_or_else(|error| panic!("{}", error.chain()));
+        saved.round = source.wait_for_round(saved.round + 1, DEADLINE).unwrap();
+        let image = saved.image.with_extension("stock");
+        stock_save(&source, &image, how);
+        saved.round = source.serial.latest_round().unwrap();
+        drop(source);
+        let mut target = waiting(&saved, MemoryBackend::Plain);
+        let report =
+            restore(&image, &target, Record::Running).unwrap_or_else(|error| panic!("{}", error.chain()));
+        assert_eq!((report.mode, report.run_state.as_str()), (Mode::Lazy, "running"), "{how:?}");
+        target.wait_for_round(saved.round + 2, DEADLINE).unwrap();
+    }
+}
+
+/// What QEMU 7.2 itself has saved is a stream, whose pages stand amid its records.
+#[test]
+fn a_stream_by_qemu_7_2_comes_on_demand_and_mapped_when_it_was_converted() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for (golden, machine, version) in [
+        ("q35-7.2-stream", MachineKind::Q35, "pc-q35-7.2"),
+        ("pc-7.2-stream", MachineKind::Pc, "pc-i440fx-7.2"),
+    ] {
+        let (stream, image) = (dir.path().join(golden), dir.path().join("vm.img"));
+        vmstate_rig::unpack_wire_golden(golden, &stream);
+        let settings =
+            ConvertSettings { overwrite: true, ..ConvertSettings::new(&stream, &image, Format::MappedRam) };
+        vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved)
+            .unwrap_or_else(|error| panic!("{golden}: {}", error.chain()));
+        let opened = MappedRamFile::open(&image).unwrap();
+        let ram = opened.layout().blocks.iter().find(|block| block.name == "pc.ram").unwrap();
+        let offset = ram.pages.start;
+        let mapped = format!(
+            "memory-backend-file,mem-path={},offset={offset},share=off,readonly=on,rom=off",
+            image.display()
+        );
+        for (mode, backend) in
+            [(Mode::Lazy, MemoryBackend::Plain), (Mode::Map, MemoryBackend::Object(mapped))]
+        {
+            let spec = QemuSpec {
+                guest: None,
+                machine_version: Some(version.to_owned()),
+                backend,
+                incoming: Incoming::Defer,
+                ..QemuSpec::new(machine, 1 << 20)
+            };
+            let target = spec.start().unwrap();
+            let address = Target::Waiting(QmpAddress::Unix(target.qmp_path()));
+            let settings =
+                RestoreSettings { mode, record: Record::Paused, ..RestoreSettings::new(&image, address) };
+            let report = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved)
+                .unwrap_or_else(|error| panic!("{golden} {}: {}", mode.name(), error.chain()));
+            assert_eq!(report.mode, mode, "{golden}");
+            let again = dir.path().join("again.img");
+            let settings = SaveSettings {
+                overwrite: true,
+                ..SaveSettings::new(QmpAddress::Unix(target.qmp_path()), &again)
+            };
+            vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved)
+                .unwrap_or_else(|error| panic!("{}", error.chain()));
+            for difference in vmstate_rig::compare_images(&image, &again) {
+                // The lab's QEMUs have a console, which the golden guest has not.
+                let is_console = format!("{difference:?}").contains(r#"name: \"serial\""#);
+                assert!(
+                    is_console || matches!(difference, Difference::Section(..)),
+                    "{golden}: {difference:?}"
+                );
+            }
         }
     }
 }

@@ -89,6 +89,7 @@ fn check(machine: MachineKind, backend: MemoryBackend) {
         "memory-backend-file,mem-path={},offset={offset},share=off,readonly=on,rom=off",
         settings.image.display()
     );
+    let first_spec = spec.clone();
     let spec = QemuSpec { backend: MemoryBackend::Object(mapped), incoming: Incoming::Defer, ..spec };
     let mut fourth = spec.start().unwrap();
     let waiting = Target::Waiting(QmpAddress::Unix(fourth.qmp_path()));
@@ -97,7 +98,34 @@ fn check(machine: MachineKind, backend: MemoryBackend) {
     let restored = restored.unwrap_or_else(|error| panic!("{}", error.chain()));
     assert_eq!((restored.mode, restored.run_state.as_str()), (Mode::Map, "running"));
     count = next(&mut fourth, Some(&count));
-    next(&mut fourth, Some(&count));
+    count = next(&mut fourth, Some(&count));
+
+    // Out of memory that is an image into another, from which it comes on demand; then the same from stock QEMU's.
+    let again = dir.path().join("again.img");
+    let settings =
+        SaveSettings { then: Then::Quit, ..SaveSettings::new(QmpAddress::Unix(fourth.qmp_path()), &again) };
+    vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved)
+        .unwrap_or_else(|error| panic!("{}", error.chain()));
+    fourth.wait(DEADLINE).unwrap();
+    let (fifth, last) = on_demand(&first_spec, &again, count);
+    let stock = dir.path().join("stock.img");
+    stock_save(&fifth, &stock, StockLoad::BEST);
+    drop(fifth);
+    on_demand(&first_spec, &stock, last);
+}
+
+/// Restores an image on demand into a QEMU that waits, and has the guest go on from `last`.
+fn on_demand(spec: &QemuSpec, image: &Path, last: Count) -> (Qemu, Count) {
+    let mut target = QemuSpec { incoming: Incoming::Defer, ..spec.clone() }.start().unwrap();
+    let waiting = Target::Waiting(QmpAddress::Unix(target.qmp_path()));
+    let settings =
+        RestoreSettings { mode: Mode::Lazy, record: Record::Running, ..RestoreSettings::new(image, waiting) };
+    let restored = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved);
+    let restored = restored.unwrap_or_else(|error| panic!("{}; {}", error.chain(), target.stderr()));
+    assert_eq!((restored.mode, restored.run_state.as_str()), (Mode::Lazy, "running"));
+    let count = next(&mut target, Some(&last));
+    let count = next(&mut target, Some(&count));
+    (target, count)
 }
 
 /// Where in an image the pages of the board's RAM begin.

@@ -340,6 +340,59 @@ fn auto_maps_a_large_image_that_is_not_cached_and_reads_one_that_is() {
 }
 
 #[test]
+fn auto_brings_on_demand_what_is_large_and_cannot_be_mapped() {
+    let dir = directory();
+    let image = dir.path().join("vm.img");
+    let settings = GuestSettings { pages_low_max: 80_000, fill_rounds: 1, ..GuestSettings::default() };
+    let spec =
+        QemuSpec { guest: Some(Guest::new(settings)), ..spec(MachineKind::Q35, 512, MemoryBackend::Plain) };
+    let round = saved(&spec, &image);
+    let not_mapped = format!("target's `pc.ram` is not mapped from {}", image.display());
+    let large = "the image is large and not cached";
+
+    // One that waits and has memory of its own.
+    forget(&image);
+    let report = restore_into_waiting(&spec, &image, MemoryBackend::Plain, Mode::Auto).unwrap();
+    assert_eq!((report.mode, report.run_state.as_str()), (Mode::Lazy, "running"));
+    assert_eq!(report.mode_reason, Some(format!("{large}; {not_mapped}")));
+
+    // One that is started, with memory that it was given by name.
+    let shm = tempfile::tempdir_in("/dev/shm").unwrap();
+    let file = MemoryBackend::File(shm.path().join("ram"));
+    let named = QemuSpec { backend: file, ..spec.clone() };
+    forget(&image);
+    let notes = Notes::default();
+    let mut restored = restore_observed(&named, &image, Mode::Auto, &notes)
+        .unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!(restored.report.mode, Mode::Lazy, "{:?}", restored.report.mode_reason);
+    let said = notes.0.lock().unwrap().iter().any(|note| note.starts_with(&format!("mode lazy: {large}; ")));
+    assert!(said, "{notes:?}");
+    restored.goes_on_from(round, "on demand");
+    drop(restored);
+
+    // What speaks against it: a guest that does not run, memory that nobody can catch faults in, a cached image.
+    forget(&image);
+    let paused = restore_changed(&named, &image, Mode::Auto, &Unobserved, |settings, _| {
+        settings.record = Record::Paused;
+    })
+    .unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!(paused.report.mode, Mode::Eager);
+    let reason = paused.report.mode_reason.clone().unwrap();
+    assert!(reason.ends_with("; the guest is to stay paused"), "{reason}");
+    drop(paused);
+    forget(&image);
+    let on_disk = MemoryBackend::File(dir.path().join("ram"));
+    let report = restore_into_waiting(&spec, &image, on_disk, Mode::Auto).unwrap();
+    assert_eq!(report.mode, Mode::Eager);
+    let reason = report.mode_reason.unwrap();
+    assert!(reason.contains("a file on a disk, in which no fault can be caught"), "{reason}");
+    std::io::copy(&mut File::open(&image).unwrap(), &mut std::io::sink()).unwrap();
+    let report = restore_into_waiting(&spec, &image, MemoryBackend::Plain, Mode::Auto).unwrap();
+    assert_eq!(report.mode, Mode::Eager);
+    assert_eq!(report.mode_reason.as_deref(), Some("the image is in the page cache"));
+}
+
+#[test]
 fn a_guest_says_when_it_is_ready_in_every_mode() {
     let dir = directory();
     let image = dir.path().join("vm.img");

@@ -26,7 +26,7 @@ use self::fill::Filling;
 pub use self::lazy::{FaultReport, TakeUpReport, TakeUpSettings, take_up};
 use self::map::Share;
 pub use self::mode::Mode;
-use self::mode::Plan;
+use self::mode::{Plan, Settled};
 use self::ready::Listener;
 pub use self::ready::ReadySerial;
 use self::zero::{Verified, verify_zero};
@@ -216,7 +216,7 @@ pub fn restore(
     }
 
     watch.phase("start");
-    let (mut session, launched, plan) = start(settings, plan, cancel, observer)?;
+    let (mut session, launched, plan) = start(settings, plan, cancel)?;
     let ready = Instant::now();
     let mut let_go = false;
     // It has to listen before the guest can speak.
@@ -354,7 +354,6 @@ fn start(
     settings: &RestoreSettings,
     mut plan: Plan,
     cancel: &Cancel,
-    observer: &dyn Observer,
 ) -> Result<(Session, Option<Launched>, Plan)> {
     let (command, log, foreground) = match &settings.target {
         Target::Waiting(address) => return Ok((Session::open(address, cancel)?, None, plan)),
@@ -375,7 +374,7 @@ fn start(
                 if settings.mode != Mode::Auto {
                     return Err(Error::new(Kind::Unsupported, clause).hint("restore with --mode eager"));
                 }
-                plan = Plan::eager(clause, observer);
+                plan = Plan::unmapped(clause);
             }
             Err(error) => return Err(error),
         }
@@ -416,18 +415,28 @@ fn load(
     watch.phase("compare");
     require_waiting(session)?;
     fit::compare(image, session, pid, settings.force, watch.observer)?;
-    if plan.mode == Mode::Lazy {
-        let Image::MappedRam(image) = image else { return Err(mode::refuse_stream()) };
-        let run = wants_to_run(settings, image.run_state()?, wants_pause);
-        if launched.is_some_and(|launched| launched.user_qmp().is_none()) {
-            watch.observer.warn(
-                "no -qmp among QEMU's arguments: if vmstate is killed before the memory is there, the guest is lost",
-            );
+    let run = wants_to_run(settings, image.run_state()?, wants_pause);
+    let is_unreachable = launched.is_some_and(|launched| launched.user_qmp().is_none());
+    let whole = match (run, is_unreachable) {
+        (false, _) => Some("the guest is to stay paused"),
+        (true, true) => Some("without -qmp among QEMU's arguments it would be lost if vmstate were killed"),
+        (true, false) => None,
+    };
+    let mapped = match (plan.settle(image, session, pid, whole, watch.observer)?, image) {
+        (Settled::OnDemand(prepared), Image::MappedRam(image)) => {
+            if is_unreachable {
+                watch.observer.warn(
+                    "no -qmp among QEMU's arguments: if vmstate is killed before the memory is there, the guest is lost",
+                );
+            }
+            let limit = settings.rate_max.map(Rate::limit);
+            let limit = limit.as_deref();
+            return lazy::load(image, pair, prepared, session, run, limit, watch, cancel, let_go)
+                .map(|loaded| Loaded { mode_reason: plan.reason, ..loaded });
         }
-        let limit = settings.rate_max.map(Rate::limit);
-        return lazy::load(image, session, pid, run, limit.as_deref(), watch, cancel, let_go);
-    }
-    let mapped = plan.settle(image, session, pid, watch.observer)?;
+        (Settled::Mapped(shares), _) => Some(shares),
+        _ => None,
+    };
     let (way, reason) = match (image, mapped) {
         (Image::MappedRam(image), Some(shares)) => (Way::Mapped(image, shares), None),
         (Image::MappedRam(image), None) => choose(settings, image, pid, session)?,
@@ -500,7 +509,6 @@ fn load(
     }
 
     watch.phase("run");
-    let run = wants_to_run(settings, image.run_state()?, wants_pause);
     if cancel.is_cancelled() {
         return Err(Error::interrupted());
     }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 
 use super::map::{self, Share};
-use super::{RestoreSettings, Target, Via};
+use super::{RestoreSettings, Target, Via, lazy};
 use crate::job::Observer;
 use crate::qemu::{Session, map_arguments};
 use crate::source::{Image, MappedRamFile};
@@ -14,6 +14,10 @@ use crate::{Error, Kind, Result};
 /// Images with no more data than this are read as a whole, if nobody says otherwise: that takes some tenths of
 /// a second, and leaves no tie between the guest and a file.
 const SMALL_BYTES: u64 = 256 << 20;
+
+/// Why `auto` reads an image as a whole.
+const SMALL: &str = "the image is small";
+const CACHED: &str = "the image is in the page cache";
 
 // linux/magic.h: file systems whose files lie on another machine, or with another program.
 const REMOTE: [u64; 8] =
@@ -55,51 +59,107 @@ pub(super) struct Plan {
     pub(super) reason: Option<String>,
     /// The command line that maps the image, and the description that it names.
     pub(super) mapped: Option<(Vec<OsString>, File)>,
+    /// Why `auto` has all of the memory come first where the target does not map the image.
+    whole: Option<&'static str>,
 }
 
 impl Plan {
     fn asked(mode: Mode) -> Plan {
-        Plan { mode, reason: None, mapped: None }
+        Plan { mode, reason: None, mapped: None, whole: None }
+    }
+
+    /// The plan of `auto` for a target that cannot map the image: on demand, if it takes that.
+    pub(super) fn unmapped(reason: impl Into<String>) -> Plan {
+        Plan { reason: Some(reason.into()), ..Plan::asked(Mode::Auto) }
     }
 
     /// The plan to read everything first, for this reason.
     pub(super) fn eager(reason: impl Into<String>, observer: &dyn Observer) -> Plan {
         let reason = reason.into();
         observer.note(&format!("mode eager: {reason}"));
-        Plan { mode: Mode::Eager, reason: Some(reason), mapped: None }
+        Plan { reason: Some(reason), ..Plan::asked(Mode::Eager) }
     }
 
-    /// Looks at the target that is there now, and says what a stream has to carry where it is mapped.
+    /// Looks at the target that is there now, and says what it does with the image. `whole` is what else speaks
+    /// against a guest that runs before its memory has come.
     ///
     /// # Errors
-    /// As [`map::shares`], where the mode was asked for.
+    /// As [`map::shares`] and [`lazy::prepare`], where the mode was asked for.
     pub(super) fn settle(
         &mut self,
         image: &Image,
         session: &mut Session,
         pid: Option<u32>,
+        whole: Option<&'static str>,
         observer: &dyn Observer,
-    ) -> Result<Option<Vec<Share>>> {
-        let Image::MappedRam(image) = image else { return Ok(None) };
-        if self.mode == Mode::Eager {
-            return Ok(None);
+    ) -> Result<Settled> {
+        let Image::MappedRam(image) = image else { return Ok(Settled::Whole) };
+        match self.mode {
+            Mode::Eager => return Ok(Settled::Whole),
+            Mode::Lazy => return lazy::prepare(image, session, pid, observer).map(Settled::OnDemand),
+            Mode::Map | Mode::Auto => {}
         }
-        match map::shares(image, session, pid) {
-            Ok(shares) => {
-                if self.mode == Mode::Auto {
-                    self.reason = Some("the target's memory is a mapping of the image".to_owned());
-                    observer.note("mode map: the target's memory is a mapping of the image");
+        if self.reason.is_none() || self.mode == Mode::Map {
+            match self.share(image, session, pid, observer) {
+                Ok(shares) => return Ok(Settled::Mapped(shares)),
+                Err(error) if self.mode == Mode::Auto && error.kind() == Kind::Unsupported => {
+                    self.reason = Some(error.chain());
                 }
-                self.mode = Mode::Map;
-                Ok(Some(shares))
+                Err(error) => return Err(error),
             }
-            Err(error) if self.mode == Mode::Auto && error.kind() == Kind::Unsupported => {
-                *self = Plan::eager(error.chain(), observer);
-                Ok(None)
+        }
+        let unmapped = self.reason.take().unwrap_or_default();
+        if let Some(why) = self.whole {
+            *self = Plan::eager(why, observer);
+            return Ok(Settled::Whole);
+        }
+        if let Some(why) = whole {
+            *self = Plan::eager(format!("{unmapped}; {why}"), observer);
+            return Ok(Settled::Whole);
+        }
+        match lazy::prepare(image, session, pid, observer) {
+            Ok(prepared) => {
+                let reason = format!("the image is large and not cached; {unmapped}");
+                observer.note(&format!("mode lazy: {reason}"));
+                *self = Plan { reason: Some(reason), ..Plan::asked(Mode::Lazy) };
+                Ok(Settled::OnDemand(prepared))
+            }
+            Err(error)
+                if error.is_refusal() || matches!(error.kind(), Kind::Unsupported | Kind::Incompatible) =>
+            {
+                *self = Plan::eager(format!("{unmapped}; {}", error.chain()), observer);
+                Ok(Settled::Whole)
             }
             Err(error) => Err(error),
         }
     }
+
+    /// What a stream has to carry where the target's memory is the image.
+    fn share(
+        &mut self,
+        image: &MappedRamFile,
+        session: &mut Session,
+        pid: Option<u32>,
+        observer: &dyn Observer,
+    ) -> Result<Vec<Share>> {
+        let shares = map::shares(image, session, pid)?;
+        if self.mode == Mode::Auto {
+            self.reason = Some("the target's memory is a mapping of the image".to_owned());
+            observer.note("mode map: the target's memory is a mapping of the image");
+        }
+        self.mode = Mode::Map;
+        Ok(shares)
+    }
+}
+
+/// What a target does with an image.
+pub(super) enum Settled {
+    /// It takes all of it before the guest runs.
+    Whole,
+    /// It lives from it; the stream carries what is said here.
+    Mapped(Vec<Share>),
+    /// It asks for it.
+    OnDemand(lazy::Prepared),
 }
 
 /// Chooses the mode, before there is a target.
@@ -138,11 +198,20 @@ pub(super) fn plan(
             Image::MappedRam(_) if settings.via != Via::Auto => return eager("--via says who reads it"),
             Image::MappedRam(image) => match settings.target {
                 // What it maps it maps already.
-                Target::Waiting(_) => return Ok(Plan::asked(Mode::Auto)),
-                Target::Launch { .. } if data_bytes <= SMALL_BYTES => return eager("the image is small"),
-                Target::Launch { .. } if is_cached => return eager("the image is in the page cache"),
+                Target::Waiting(_) => {
+                    let whole = match (data_bytes <= SMALL_BYTES, is_cached) {
+                        (true, _) => Some(SMALL),
+                        (false, true) => Some(CACHED),
+                        (false, false) => None,
+                    };
+                    return Ok(Plan { whole, ..Plan::asked(Mode::Auto) });
+                }
+                Target::Launch { .. } if data_bytes <= SMALL_BYTES => return eager(SMALL),
+                Target::Launch { .. } if is_cached => return eager(CACHED),
                 Target::Launch { .. } if is_remote(image) => {
-                    return eager("the image lies on another machine, which the guest would depend on");
+                    return Ok(Plan::unmapped(
+                        "it lies on another machine, which the guest would depend on for ever",
+                    ));
                 }
                 Target::Launch { .. } => image,
             },
@@ -156,9 +225,11 @@ pub(super) fn plan(
             if let Some(reason) = &reason {
                 observer.note(&format!("mode map: {reason}"));
             }
-            Ok(Plan { mode: Mode::Map, reason, mapped: Some(rewritten) })
+            Ok(Plan { reason, mapped: Some(rewritten), ..Plan::asked(Mode::Map) })
         }
-        Err(error) if settings.mode == Mode::Auto && error.kind() != Kind::Io => eager(&error.chain()),
+        Err(error) if settings.mode == Mode::Auto && error.kind() != Kind::Io => {
+            Ok(Plan::unmapped(error.chain()))
+        }
         Err(error) => Err(error),
     }
 }

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
 
-use io::{Cancel, Counters};
+use io::{Cancel, Counters, ReadPair};
 use page::PageSize;
 use wire::IdStr;
 use wire::postcopy::{Message, PageRequest, RequestedBlock, Requests};
@@ -63,7 +63,9 @@ fn serve(image: &MappedRamFile, target: impl FnOnce(UnixStream) + Send) -> Resul
     setup.encode_section(layout.ram.section_id, &mut opening);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let requests = Requests::new(blocks);
-    let mut server = Server::new(image, Ledger::new(accounts), requests, &setup, ours, None, None);
+    let pair = ReadPair::buffered(image.file().try_clone().unwrap());
+    let ledger = Ledger::new(accounts);
+    let mut server = Server::new(image, &pair, ledger, requests, &setup, ours, None, None)?;
     server.open_with(opening);
     std::thread::scope(|scope| {
         scope.spawn(|| target(theirs));

@@ -5,6 +5,8 @@ use page::{PageCount, PageIndex, PageRange, PageSet};
 /// How far beyond a fault the background goes on there, in bytes, before it returns to the order of addresses: what a
 /// guest touches next is mostly near.
 const NEAR_LEN: u64 = 1 << 20;
+/// Pages that hold data are read in one piece where no more than this lies between them.
+const GAP_LEN: u64 = 64 << 10;
 
 /// One block as the ledger keeps it. *Host pages* are those of the target's backend, in which a guest faults and
 /// QEMU places; *target pages* those of the stream and of the image.
@@ -56,11 +58,14 @@ pub(super) struct Ledger {
     /// Where a fault was last, and up to which page the background follows it.
     near: Option<(Place, u64)>,
     cursor: Place,
+    /// Up to where it was planned what is read, which is ahead of what is sent.
+    planned: Place,
 }
 
 impl Ledger {
     pub(super) fn new(accounts: Vec<Account>) -> Ledger {
-        Ledger { accounts, near: None, cursor: Place { block: 0, page: 0 } }
+        let first = Place { block: 0, page: 0 };
+        Ledger { accounts, near: None, cursor: first, planned: first }
     }
 
     /// Marks a host page as sent. Whether it was not before: only then may it be.
@@ -100,9 +105,7 @@ impl Ledger {
     /// the last fault first, then by address. They count as sent.
     pub(super) fn next(&mut self, len_max: u64) -> Option<(usize, PageRange)> {
         let (block, run) = self.peek(len_max)?;
-        let account = &mut self.accounts[block];
-        account.sent.insert(run);
-        account.left.remove(run);
+        self.count_as_sent(block, run);
         match &mut self.near {
             Some((place, _)) => place.page = run.end.0,
             None => self.cursor = Place { block, page: run.end.0 },
@@ -110,13 +113,74 @@ impl Ledger {
         Some((block, run))
     }
 
-    fn peek(&mut self, len_max: u64) -> Option<(usize, PageRange)> {
-        if let Some((place, end)) = self.near {
-            let account = &self.accounts[place.block];
-            match account.left.next_run(PageIndex(place.page)).filter(|run| run.start.0 < end) {
-                Some(run) => return Some((place.block, cut(run, end, account.host_page, len_max))),
-                None => self.near = None,
+    /// The same, of those behind the last fault only.
+    pub(super) fn next_near(&mut self, len_max: u64) -> Option<(usize, PageRange)> {
+        let (block, run) = self.peek_near(len_max)?;
+        self.count_as_sent(block, run);
+        if let Some((place, _)) = &mut self.near {
+            place.page = run.end.0;
+        }
+        Some((block, run))
+    }
+
+    /// The next pages to read ahead, of at most `len_max` bytes but at least one page, by address: a span that begins
+    /// and ends with pages that are to be sent yet. They do not count as sent: a fault may come first.
+    pub(super) fn plan(&mut self, len_max: u64) -> Option<(usize, PageRange)> {
+        loop {
+            let Place { block, page } = self.planned;
+            let account = self.accounts.get(block)?;
+            let Some(run) = account.left.next_run(PageIndex(page)) else {
+                self.planned = Place { block: block + 1, page: 0 };
+                continue;
+            };
+            let most = run.start.0 + (len_max / account.host_page).max(1);
+            let mut end = run.end.0.min(most);
+            while let Some(next) = account.left.next_run(PageIndex(end)).filter(|_| end < most) {
+                if (next.start.0 - end) * account.host_page > GAP_LEN || next.start.0 >= most {
+                    break;
+                }
+                end = next.end.0.min(most);
             }
+            self.planned.page = end;
+            return Some((block, PageRange::new(run.start.0, end)));
+        }
+    }
+
+    /// The next run of what was planned that was not sent meanwhile. It counts as sent.
+    pub(super) fn next_planned(
+        &mut self,
+        block: usize,
+        planned: PageRange,
+        len_max: u64,
+    ) -> Option<PageRange> {
+        let account = &self.accounts[block];
+        let run = account.left.next_run(planned.start).filter(|run| run.start < planned.end)?;
+        let run = cut(run, planned.end.0, account.host_page, len_max);
+        self.count_as_sent(block, run);
+        Some(run)
+    }
+
+    fn count_as_sent(&mut self, block: usize, run: PageRange) {
+        let account = &mut self.accounts[block];
+        account.sent.insert(run);
+        account.left.remove(run);
+    }
+
+    fn peek_near(&mut self, len_max: u64) -> Option<(usize, PageRange)> {
+        let (place, end) = self.near?;
+        let account = &self.accounts[place.block];
+        match account.left.next_run(PageIndex(place.page)).filter(|run| run.start.0 < end) {
+            Some(run) => Some((place.block, cut(run, end, account.host_page, len_max))),
+            None => {
+                self.near = None;
+                None
+            }
+        }
+    }
+
+    fn peek(&mut self, len_max: u64) -> Option<(usize, PageRange)> {
+        if let Some(near) = self.peek_near(len_max) {
+            return Some(near);
         }
         loop {
             let account = self.accounts.get(self.cursor.block)?;
@@ -181,6 +245,31 @@ mod tests {
         let order = rest(&mut ledger, 128 * 4096);
         assert_eq!(order[..3], [(0, 1001, 1129), (0, 1129, 1256), (0, 1, 129)]);
         assert_eq!(order.iter().map(|(_, start, end)| end - start).sum::<u64>(), 1998);
+    }
+
+    #[test]
+    fn what_is_planned_is_sent_once_and_not_if_it_was_asked_for_meanwhile() {
+        let runs = [(0, 4), (10, 12), (40, 300), (310, 311)];
+        let mut ledger = Ledger::new(vec![account(400, 4096, &runs), account(8, 4096, &[(3, 4)])]);
+        let plan: Vec<_> = std::iter::from_fn(|| ledger.plan(128 * 4096)).collect();
+        let spans = [(0, 0, 12), (0, 40, 168), (0, 168, 296), (0, 296, 311), (1, 3, 4)];
+        assert_eq!(plan, spans.map(|(block, start, end)| (block, PageRange::new(start, end))));
+        assert!(ledger.take(0, PageIndex(2)) && ledger.take(0, PageIndex(100)));
+        let mut sent = 0;
+        while let Some((block, run)) = ledger.next_near(8 * 4096) {
+            assert_eq!(block, 0);
+            sent += run.end.0 - run.start.0;
+        }
+        assert_eq!(sent, 199 + 1, "behind the last fault to the end of the block");
+        for (block, span) in plan {
+            let mut rest = span;
+            while let Some(run) = ledger.next_planned(block, rest, 64 * 4096) {
+                assert!(span.start <= run.start && run.end <= span.end && run.count().0 <= 64);
+                sent += run.count().0;
+                rest.start = run.end;
+            }
+        }
+        assert_eq!((sent + 2, ledger.left_bytes()), (4 + 2 + 260 + 1 + 1, 0));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! vmstate is the source of a postcopy migration that has an image instead of a guest. When the stream ends the
 //! guest is an ordinary one, with no tie to vmstate or to the image.
 
+mod background;
 mod fit;
 #[cfg(test)]
 mod hostile;
@@ -18,7 +19,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use io::{Cancel, RateLimit};
+use io::{Cancel, RateLimit, ReadPair};
 use serde_json::json;
 use wire::postcopy::{Opening, RequestedBlock, Requests};
 use wire::qemu::format::QEMU_VM_EOF;
@@ -80,6 +81,29 @@ impl FaultReport {
     }
 }
 
+/// A target that takes its guest on demand: it was looked at, and QEMU agreed.
+pub(super) struct Prepared {
+    fit: Fit,
+    token: Token,
+    rendezvous: Option<Rendezvous>,
+}
+
+/// Finds out whether a QEMU that waits takes the guest of `image` on demand, and has it ready for that.
+///
+/// # Errors
+/// [`Kind::Unsupported`] and [`Kind::Incompatible`] where it does not, and a refusal of QEMU's with what mends it.
+pub(super) fn prepare(
+    image: &MappedRamFile,
+    session: &mut Session,
+    pid: Option<u32>,
+    observer: &dyn Observer,
+) -> Result<Prepared> {
+    let fit = fit(image, session, pid)?;
+    let token = Token::of(image, session)?;
+    let rendezvous = configure(session, pid, observer)?;
+    Ok(Prepared { fit, token, rendezvous })
+}
+
 /// Brings the guest of `image` up in a QEMU that waits, and returns when all of its memory is there. `let_go` is set
 /// as soon as the guest may run.
 ///
@@ -88,19 +112,18 @@ impl FaultReport {
 #[allow(clippy::too_many_arguments, reason = "one call, of what its caller already has apart")]
 pub(super) fn load(
     image: &MappedRamFile,
+    pair: &ReadPair,
+    prepared: Prepared,
     session: &mut Session,
-    pid: Option<u32>,
     run: bool,
     limit: Option<&RateLimit>,
     watch: &mut Stopwatch<'_>,
     cancel: &Cancel,
     let_go: &mut bool,
 ) -> Result<Loaded> {
-    let fit = fit(image, session, pid)?;
+    let Prepared { fit, token, rendezvous } = prepared;
     watch.phase("load");
     watch.progress.expect(fit.ledger.left_bytes());
-    let token = Token::of(image, session)?;
-    let rendezvous = configure(session, pid, watch.observer)?;
     if let Err(error) = token.leave(&mut session.client) {
         watch
             .observer
@@ -117,7 +140,7 @@ pub(super) fn load(
     let preempt = urgent.is_some();
 
     let requests = Requests::new(fit.blocks);
-    let mut server = Server::new(image, fit.ledger, requests, &setup, main, urgent, limit);
+    let mut server = Server::new(image, pair, fit.ledger, requests, &setup, main, urgent, limit)?;
     server.open_with(opening);
     let signs = Signs::default();
     let stop = Cancel::new().map_err(|error| Error::io("cannot create an eventfd", error))?;

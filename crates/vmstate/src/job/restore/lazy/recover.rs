@@ -1,19 +1,20 @@
 //! A lazy restore whose vmstate has gone is taken up again: QEMU tells what has arrived, and gets the rest.
 
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use io::Cancel;
+use io::{Cancel, DirectChoice, ReadPair};
 use page::PageCount;
 use serde_json::json;
 use wire::DecodeError;
 use wire::postcopy::{Message, RequestedBlock, Requests, decode_message, decode_received};
 use wire::qemu::Command;
 
+use super::super::is_cached;
 use super::fit::fit;
 use super::ledger::Ledger;
 use super::rendezvous::Rendezvous;
@@ -71,9 +72,18 @@ pub fn take_up(settings: &TakeUpSettings, cancel: &Cancel, observer: &dyn Observ
     let mut watch = Stopwatch::start(observer);
     watch.phase("check image");
     let file = open_image(&settings.image)?;
-    let Image::MappedRam(image) = Image::from_file(file, &settings.image, settings.offset)? else {
+    let image = Image::from_file(file, &settings.image, settings.offset)?;
+    let data_bytes = image.data_bytes()?;
+    let Image::MappedRam(image) = image else {
         return Err(super::super::mode::refuse_stream());
     };
+    // The very file that was looked at, whatever its name stands for.
+    let path = format!("/proc/self/fd/{}", image.file().as_raw_fd());
+    let mut pair = ReadPair::open(path.as_ref(), DirectChoice::Auto)
+        .map_err(|error| Error::io(format!("cannot open {}", settings.image.display()), error))?;
+    if is_cached(&pair, data_bytes) {
+        pair.direct = None;
+    }
     watch.phase("connect");
     let mut client = Client::connect(&settings.qmp, cancel)?;
     let version = client.version()?;
@@ -108,7 +118,8 @@ pub fn take_up(settings: &TakeUpSettings, cancel: &Cancel, observer: &dyn Observ
     session.client.ignore_cancel(HANDSHAKE_TIMEOUT);
 
     let setup = ram_setup(&image, &fit.blocks, fit.target_page);
-    let mut server = Server::new(&image, ledger, Requests::new(fit.blocks), &setup, main, urgent, None);
+    let requests = Requests::new(fit.blocks);
+    let mut server = Server::new(&image, &pair, ledger, requests, &setup, main, urgent, None)?;
     server.has_received(inbox, inbox_at);
     let signs = Signs::default();
     signs.may_run.store(true, Ordering::Release);

@@ -4,24 +4,25 @@
 //! monitor: QEMU's main loop may itself wait for a page.
 
 use std::collections::VecDeque;
+use std::io::IoSlice;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use io::{Cancel, Counters, RateLimit};
+use io::{Cancel, Counters, RateLimit, ReadPair};
 use page::{PageIndex, PageRange};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Advice, fadvise};
 use rustix::io::Errno;
 use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, send, sendmsg};
 use wire::DecodeError;
 use wire::postcopy::format::PING_PACKAGED;
 use wire::postcopy::{Message, Requests, Wanted, decode_message};
 use wire::qemu::{Item, RamSetup, RecordEncoder};
 
+use super::background::{Background, Next};
 use super::latency::Latencies;
 use super::ledger::Ledger;
 use crate::source::MappedRamFile;
@@ -39,9 +40,8 @@ const ANSWERS_LEN_MAX: usize = 256 << 10;
 const REQUESTS_MAX: usize = 1 << 12;
 /// How much of the return path is read at once.
 const INBOX_LEN: usize = 16 << 10;
-/// How far ahead of the background the kernel is told to read, in bytes, and in which steps.
-const AHEAD_LEN: u64 = 16 << 20;
-const AHEAD_STEP: u64 = 4 << 20;
+/// How many pieces of memory one call sends at the most (linux/uio.h `UIO_MAXIOV`).
+const SLICES_MAX: usize = 1024;
 
 /// What the server tells while it runs.
 #[derive(Debug, Default)]
@@ -63,7 +63,18 @@ pub(super) struct Served {
     pub read_bytes: u64,
 }
 
-/// One direction of one connection: bytes on their way out, and when each answer among them was asked for.
+/// Heads of records, and a part of the background's buffer behind them.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    /// Where the heads end; they begin where those of the piece before do.
+    heads_end: usize,
+    /// Where the bytes are.
+    from: usize,
+    len: usize,
+}
+
+/// One direction of one connection: bytes on their way out, and when each answer among them was asked for. Pages of the
+/// background stay where they were read and go before everything that was queued after them.
 struct Channel {
     socket: UnixStream,
     out: Vec<u8>,
@@ -72,6 +83,11 @@ struct Channel {
     /// Where in `out` an answer ends, and since when it is waited for.
     answers: VecDeque<(usize, Instant)>,
     records: RecordEncoder,
+    heads: Vec<u8>,
+    pieces: Vec<Piece>,
+    /// How many of the pieces have gone, and how much of the next one.
+    pieces_gone: usize,
+    within: usize,
 }
 
 impl Channel {
@@ -82,15 +98,22 @@ impl Channel {
             gone: 0,
             answers: VecDeque::new(),
             records: RecordEncoder::new(setup),
+            heads: Vec::new(),
+            pieces: Vec::new(),
+            pieces_gone: 0,
+            within: 0,
         }
     }
 
     fn pending(&self) -> usize {
-        self.out.len() - self.gone
+        self.out.len() - self.gone + self.pieces.len() - self.pieces_gone
     }
 
-    /// Sends what the socket takes.
-    fn flush(&mut self, latencies: &mut Latencies) -> Result<(), Errno> {
+    /// Sends what the socket takes; `bytes` is what the pieces are parts of.
+    fn flush(&mut self, bytes: &[u8], latencies: &mut Latencies) -> Result<(), Errno> {
+        if !self.flush_pieces(bytes)? {
+            return Ok(());
+        }
         while self.gone < self.out.len() {
             match send(&self.socket, &self.out[self.gone..], SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(len) => self.gone += len,
@@ -110,6 +133,60 @@ impl Channel {
             self.gone = 0;
         }
         Ok(())
+    }
+
+    /// Sends what the socket takes of the pieces. Whether all of them have gone.
+    fn flush_pieces(&mut self, bytes: &[u8]) -> Result<bool, Errno> {
+        while self.pieces_gone < self.pieces.len() {
+            let mut slices = Vec::with_capacity(SLICES_MAX.min(2 * self.pieces.len()));
+            let mut heads_start = match self.pieces_gone.checked_sub(1) {
+                Some(before) => self.pieces[before].heads_end,
+                None => 0,
+            };
+            let mut skip = self.within;
+            for piece in &self.pieces[self.pieces_gone..] {
+                if slices.len() + 2 > SLICES_MAX {
+                    break;
+                }
+                let heads = &self.heads[heads_start..piece.heads_end];
+                heads_start = piece.heads_end;
+                for part in [heads, &bytes[piece.from..piece.from + piece.len]] {
+                    let skipped = skip.min(part.len());
+                    skip -= skipped;
+                    if skipped < part.len() {
+                        slices.push(IoSlice::new(&part[skipped..]));
+                    }
+                }
+            }
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match sendmsg(&self.socket, &slices, &mut SendAncillaryBuffer::default(), flags) {
+                Ok(len) => self.advance(len),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        self.heads.clear();
+        self.pieces.clear();
+        (self.pieces_gone, self.within) = (0, 0);
+        Ok(true)
+    }
+
+    /// So many bytes of the pieces have gone.
+    fn advance(&mut self, len: usize) {
+        self.within += len;
+        while let Some(piece) = self.pieces.get(self.pieces_gone) {
+            let heads_start = match self.pieces_gone.checked_sub(1) {
+                Some(before) => self.pieces[before].heads_end,
+                None => 0,
+            };
+            let whole = piece.heads_end - heads_start + piece.len;
+            if self.within < whole {
+                return;
+            }
+            self.within -= whole;
+            self.pieces_gone += 1;
+        }
     }
 }
 
@@ -138,7 +215,9 @@ pub(super) struct Server<'a> {
     stage: Stage,
     served: Served,
     scratch: Vec<u8>,
-    advised: Option<(usize, u64)>,
+    background: Option<Background>,
+    /// Nothing of the background was read yet that could be sent.
+    is_starved: bool,
     limit: Option<&'a RateLimit>,
     /// When the limit lets the background go on.
     not_before: Option<Instant>,
@@ -146,21 +225,28 @@ pub(super) struct Server<'a> {
 
 impl<'a> Server<'a> {
     /// A server of the pages that `ledger` has left. The limit is the background's: who waits for a page gets it.
+    ///
+    /// # Errors
+    /// As [`Background::start`].
+    #[allow(clippy::too_many_arguments, reason = "one call, of what its callers have apart")]
     pub(super) fn new(
         image: &'a MappedRamFile,
+        pair: &ReadPair,
         ledger: Ledger,
         requests: Requests,
         setup: &RamSetup,
         main: UnixStream,
         urgent: Option<UnixStream>,
         limit: Option<&'a RateLimit>,
-    ) -> Server<'a> {
+    ) -> Result<Server<'a>> {
         if urgent.is_some() && set_socket_send_buffer_size_force(&main, BUFFER_LEN).is_err() {
             // Without privileges the system's own limit holds, which costs a little speed.
             let _ = set_socket_send_buffer_size(&main, BUFFER_LEN);
         }
-        Server {
+        Ok(Server {
             image,
+            background: Background::start(pair, &ledger)?,
+            is_starved: false,
             ledger,
             requests,
             section_id: image.layout().ram.section_id,
@@ -172,10 +258,9 @@ impl<'a> Server<'a> {
             stage: Stage::Filling,
             served: Served { requests: 0, latencies: Latencies::new(), read_bytes: 0 },
             scratch: Vec::new(),
-            advised: None,
             limit,
             not_before: None,
-        }
+        })
     }
 
     /// Puts bytes in front of everything else on the main channel.
@@ -224,11 +309,15 @@ impl<'a> Server<'a> {
         let pause = self.not_before.map(|at| at.saturating_duration_since(Instant::now()));
         let pause = pause.filter(|pause| !pause.is_zero());
         let has_more = self.stage == Stage::Filling && self.waiting.is_empty() && pause.is_none();
+        let has_more = has_more && !self.is_starved;
         let main = when(self.waiting.len() < REQUESTS_MAX, PollFlags::IN)
             | when(self.main.pending() > 0 || has_more, PollFlags::OUT);
         let mut fds = vec![PollFd::new(stop, PollFlags::IN), PollFd::new(&self.main.socket, main)];
         if let Some(urgent) = self.urgent.as_ref().filter(|urgent| urgent.pending() > 0) {
             fds.push(PollFd::from_borrowed_fd(urgent.socket.as_fd(), PollFlags::OUT));
+        }
+        if let Some(background) = self.background.as_ref().filter(|_| self.is_starved) {
+            fds.push(PollFd::from_borrowed_fd(background.ready(), PollFlags::IN));
         }
         let timeout = pause.filter(|_| self.stage == Stage::Filling).map(timespec);
         match poll(&mut fds, timeout.as_ref()) {
@@ -324,6 +413,7 @@ impl<'a> Server<'a> {
 
     /// Queues the next pages of the background, or the end.
     fn fill(&mut self, counters: &Counters) -> Result<()> {
+        self.is_starved = false;
         if self.stage != Stage::Filling || self.main.pending() > 0 || !self.waiting.is_empty() {
             return Ok(());
         }
@@ -331,24 +421,55 @@ impl<'a> Server<'a> {
             return Ok(());
         }
         let chunk = if self.urgent.is_some() { CHUNK_ALONE } else { CHUNK_SHARED };
-        match self.ledger.next(chunk) {
-            Some((block, run)) => {
-                self.read_ahead(block, run);
-                let had = self.served.read_bytes;
-                self.queue(block, run, None)?;
-                if let Some(limit) = self.limit {
-                    let now = Instant::now();
-                    self.not_before = Some(now + limit.reserve(self.served.read_bytes - had, now));
-                }
-                counters.bytes_written.store(self.served.read_bytes, Ordering::Relaxed);
-            }
-            None => self.end(),
+        let had = self.served.read_bytes;
+        match &mut self.background {
+            None => match self.ledger.next(chunk) {
+                Some((block, run)) => self.queue(block, run, None)?,
+                None => return self.end(),
+            },
+            Some(background) => match self.ledger.next_near(chunk) {
+                Some((block, run)) => self.queue(block, run, None)?,
+                None => match background.next(self.image, &mut self.ledger, chunk)? {
+                    Next::Pages { block, run, from } => self.queue_in_place(block, run, from),
+                    Next::NotYet => self.is_starved = true,
+                    Next::Nothing => return self.end(),
+                },
+            },
         }
+        if let Some(limit) = self.limit.filter(|_| self.served.read_bytes > had) {
+            let now = Instant::now();
+            self.not_before = Some(now + limit.reserve(self.served.read_bytes - had, now));
+        }
+        counters.bytes_written.store(self.served.read_bytes, Ordering::Relaxed);
         Ok(())
     }
 
+    /// Queues host pages of which the background has the bytes, from `from` on, without copying them.
+    fn queue_in_place(&mut self, block: usize, run: PageRange, from: usize) {
+        let account = &self.ledger.accounts[block];
+        let target = account.target_pages(run);
+        let page = account.target_page;
+        let section_id = self.section_id;
+        let Channel { records, heads, pieces, .. } = &mut self.main;
+        Item::Part { section_id }.encode(heads);
+        for (index, number) in (target.start.0..target.end.0).enumerate() {
+            if account.data.contains(PageIndex(number)) {
+                records.page_head(block, number * page, heads);
+                let (from, len) = (from + index * page as usize, page as usize);
+                pieces.push(Piece { heads_end: heads.len(), from, len });
+                self.served.read_bytes += page;
+            } else {
+                records.zero(block, number * page, heads);
+            }
+        }
+        records.eos(heads);
+        Item::Footer { section_id }.encode(heads);
+        pieces.push(Piece { heads_end: heads.len(), from: 0, len: 0 });
+    }
+
     /// Queues the end of RAM and of the stream.
-    fn end(&mut self) {
+    fn end(&mut self) -> Result<()> {
+        assert_eq!(self.ledger.left_bytes(), 0, "the end is sent behind the last page");
         let section_id = self.section_id;
         let Channel { out, records, .. } = &mut self.main;
         Item::End { section_id }.encode(out);
@@ -356,6 +477,7 @@ impl<'a> Server<'a> {
         Item::Footer { section_id }.encode(out);
         Item::Eof.encode(out);
         self.stage = Stage::Ending;
+        Ok(())
     }
 
     /// Queues host pages: an answer on the preempt channel if there is one, all else on the main channel.
@@ -402,28 +524,11 @@ impl<'a> Server<'a> {
         Ok(())
     }
 
-    /// Tells the kernel what the background reads soon. It is only asked: what it does not do costs time later.
-    fn read_ahead(&mut self, block: usize, run: PageRange) {
-        let place = &self.image.layout().blocks[block];
-        let at = run.start.0 * self.ledger.accounts[block].host_page;
-        let step = (block, at / AHEAD_STEP);
-        if self.advised == Some(step) {
-            return;
-        }
-        let begin = if self.advised == Some((block, step.1.wrapping_sub(1))) { AHEAD_LEN } else { 0 };
-        self.advised = Some(step);
-        let start = (place.pages.start + at / AHEAD_STEP * AHEAD_STEP + begin).min(place.pages.end);
-        let end = (start + AHEAD_STEP + AHEAD_LEN - begin).min(place.pages.end);
-        if let Some(len) = std::num::NonZeroU64::new(end - start) {
-            let _ = fadvise(self.image.file(), start, Some(len), Advice::WillNeed);
-        }
-    }
-
     fn flush(&mut self) -> Result<()> {
         let latencies = &mut self.served.latencies;
         let mut flushed = Ok(());
         if let Some(urgent) = &mut self.urgent {
-            match urgent.flush(latencies) {
+            match urgent.flush(&[], latencies) {
                 // The target closes it as soon as it has all.
                 Err(Errno::PIPE | Errno::CONNRESET) if self.stage != Stage::Filling => {
                     urgent.out.clear();
@@ -433,7 +538,8 @@ impl<'a> Server<'a> {
                 other => flushed = other,
             }
         }
-        flushed.and_then(|()| self.main.flush(latencies)).map_err(|error| self.gone_away(Some(error)))
+        let bytes = self.background.as_ref().map_or(&[][..], Background::bytes);
+        flushed.and_then(|()| self.main.flush(bytes, latencies)).map_err(|error| self.gone_away(Some(error)))
     }
 
     fn gone_away(&self, error: Option<Errno>) -> Error {
