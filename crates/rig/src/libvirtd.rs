@@ -89,7 +89,12 @@ impl Libvirtd {
 
     fn await_ready(&self) {
         let mut word = [0; 64];
-        match self.ready.recv(&mut word) {
+        let mut received = self.ready.recv(&mut word);
+        // A wait with a time limit is not taken up again behind a signal, whatever that was about.
+        while received.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::Interrupted) {
+            received = self.ready.recv(&mut word);
+        }
+        match received {
             Ok(len) if word[..len].starts_with(b"READY=1") => {}
             other => {
                 panic!("libvirtd is not ready ({other:?}); `make setup` installs it, as root: {}", self.log())
