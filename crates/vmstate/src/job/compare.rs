@@ -148,8 +148,8 @@ pub struct SectionDifference {
 /// Compares two images. A page that is not in an image equals one of zeroes; how an image keeps its pages, what its
 /// device state is described by and what was noted about its making do not count.
 ///
-/// Of a stream, the offsets of its pages are kept in memory, 2 MiB for a GiB of data; a stream that comes out of a pipe or
-/// is compressed is not taken.
+/// Of a stream, the offsets of its pages are kept in memory, 2 MiB for a GiB of data; one that is compressed is
+/// decompressed into a file without a name, in `TMPDIR` or /var/tmp. One that comes out of a pipe is not taken.
 ///
 /// # Errors
 /// [`Kind::Damaged`](crate::Kind::Damaged) and [`Kind::Unsupported`](crate::Kind::Unsupported) at the first fault of

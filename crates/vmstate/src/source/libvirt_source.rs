@@ -1,24 +1,26 @@
 //! An image of libvirt as a source: QEMU's bytes behind the head, as what they are.
 
+use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use io::{Cancel, Inflow, ReadPair};
-use wire::libvirt::Head;
+use wire::libvirt::{Head, PayloadFormat};
 use wire::qemu::global_state;
 
 use super::extents::TAIL_LEN_MAX;
 use super::flow::{GuestShape, Pages, Source, Tail};
 use super::mapped_ram::faulty;
-use super::{Bounds, Format, MappedRamSource, Payload, StreamSource, decompress};
+use super::spill::{Spilling, nameless_file};
+use super::{Bounds, Format, MappedRamSource, Payload, StreamIndex, StreamSource, decompress};
 use crate::{Error, Kind, Result};
 
 /// How much of a decompressed stream is handed on at once.
 const CHUNK: usize = 1 << 20;
 /// The most that may come out of a compressed stream beside the RAM that it announces.
-const OVERHEAD_MAX: u64 = TAIL_LEN_MAX + (64 << 20);
+pub(super) const OVERHEAD_MAX: u64 = TAIL_LEN_MAX + (64 << 20);
 
 /// An image behind a head of libvirt's.
 pub struct LibvirtSource {
@@ -44,14 +46,8 @@ impl LibvirtSource {
         let bounds = Bounds::of(&pair.buffered, path, payload.at)?;
         let inner: Box<dyn Source> = if let Some(format) = compressed {
             let stream = decompress(&pair.buffered, path, format, payload.at, bounds.end)?;
-            let left = Arc::new(AtomicU64::new(OVERHEAD_MAX));
-            let bounded = Bounded { inner: stream, left: left.clone() };
-            let from = Box::new(BufReader::with_capacity(CHUNK, bounded));
-            let source = StreamSource::open(from, path, 0, None)?;
-            // A live save sends pages more than once, and libvirt saves guests that stand still.
-            left.fetch_add(source.shape().ram_bytes().min(u64::MAX / 4) * 2, Ordering::Relaxed);
-            Box::new(source)
-        } else if head.format == wire::libvirt::PayloadFormat::Sparse {
+            Box::new(bounded(path, stream, |stream| stream)?)
+        } else if head.format == PayloadFormat::Sparse {
             Box::new(MappedRamSource::open(pair, path, start)?)
         } else {
             let from = Inflow::of_file(Arc::new(pair), payload.at, bounds.end, cancel).map_err(cannot)?;
@@ -59,6 +55,43 @@ impl LibvirtSource {
         };
         Ok(LibvirtSource { head, inner })
     }
+}
+
+/// The stream that comes out of a compressed one, read through `around`, once it has been bounded.
+fn bounded<R, A>(path: &Path, stream: R, around: impl FnOnce(Bounded<R>) -> A) -> Result<StreamSource>
+where
+    R: Read,
+    A: Read + Send + 'static,
+{
+    let left = Arc::new(AtomicU64::new(OVERHEAD_MAX));
+    let bounded = around(Bounded { inner: stream, left: left.clone() });
+    let from = Box::new(BufReader::with_capacity(CHUNK, bounded));
+    let source = StreamSource::open(from, path, 0, None)?;
+    // A live save sends pages more than once, and libvirt saves guests that stand still.
+    left.fetch_add(source.shape().ram_bytes().min(u64::MAX / 4) * 2, Ordering::Relaxed);
+    Ok(source)
+}
+
+/// Decompresses what stands in `file` between the two offsets of `range`, and reads its pages to their end: gives the
+/// stream at its tail, and its pages, which from then on are read out of a file without a name.
+///
+/// # Errors
+/// Those of the stream; [`Kind::Io`] where there is no room for what comes out; [`Kind::Interrupted`].
+pub(super) fn spilled(
+    file: &File,
+    path: &Path,
+    format: PayloadFormat,
+    range: [u64; 2],
+    cancel: &Cancel,
+) -> Result<(StreamSource, StreamIndex)> {
+    let [at, end] = range;
+    let stream = decompress(file, path, format, at, end)?;
+    let kept = nameless_file()?;
+    let again = kept.try_clone().map_err(|error| Error::io("cannot keep what is decompressed", error))?;
+    let cancel = cancel.clone();
+    let mut source = bounded(path, stream, |from| Spilling { from, file: kept, at: 0, cancel })?;
+    let index = StreamIndex::read(&mut source, ReadPair::buffered(again))?;
+    Ok((source, index))
 }
 
 impl Source for LibvirtSource {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use io::{Inflow, ReadPair};
 
 use super::flow::{Input, InputBytes, Source};
+use super::libvirt_source::spilled;
 use super::{
     Bounds, Format, LibvirtSource, MappedRamSource, Payload, PlacedPages, StreamIndex, StreamSource,
 };
@@ -75,10 +76,11 @@ pub struct OpenedPlaced {
     pub pages: Arc<dyn PlacedPages>,
 }
 
-/// Opens an image whose pages are to be read in any order. A stream is read to its end for that.
+/// Opens an image whose pages are to be read in any order. A stream is read to its end for that, and what is compressed
+/// is decompressed into a file without a name, in `TMPDIR` or /var/tmp.
 ///
 /// # Errors
-/// As [`open_source`]; [`Kind::Misuse`] for what cannot be read twice, [`Kind::Unsupported`] for what is compressed.
+/// As [`open_source`]; [`Kind::Misuse`] for what cannot be read twice.
 pub fn open_placed(input: Input, format: Option<Format>) -> Result<OpenedPlaced> {
     let Input { path, start, bytes, cancel } = input;
     let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
@@ -103,11 +105,10 @@ pub fn open_placed(input: Input, format: Option<Format>) -> Result<OpenedPlaced>
             (Box::new(source), pages)
         }
         Format::Libvirt(compressed) if compressed.is_compressed() => {
-            let clause =
-                format!("{} is compressed: its pages cannot be read in another order", path.display());
-            return Err(
-                Error::new(Kind::Unsupported, clause).hint("convert it first: vmstate convert -O mapped-ram")
-            );
+            let bounds = Bounds::of(&pair.buffered, &path, payload.at)?;
+            let range = [payload.at, bounds.end];
+            let (source, index) = spilled(&pair.buffered, &path, compressed, range, &cancel)?;
+            (Box::new(source), Arc::new(index))
         }
         _ => {
             let bounds = Bounds::of(&pair.buffered, &path, payload.at)?;

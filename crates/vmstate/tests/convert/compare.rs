@@ -1,12 +1,13 @@
 //! What differs is told, whatever the formats, and what does not count is not.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use vmstate::job::{MapKind, MapRun, MapSettings, MapVisitor, MappedImage, map, map_changes};
 use vmstate::source::Format;
-use vmstate::{Cancel, CompareSettings, Compared, Comparison, Kind, Unobserved};
+use vmstate::{Cancel, CompareSettings, Compared, Comparison, ConvertSettings, Kind, Unobserved};
 
 use super::images::{Guest, PAGE, Page};
-use super::{convert, directory};
+use super::{convert, directory, run, settings};
 
 fn compare(settings: &CompareSettings) -> Comparison {
     vmstate::compare(settings, &Cancel::new().unwrap(), &Unobserved)
@@ -41,6 +42,78 @@ fn the_same_guest_is_the_same_in_every_format() {
             assert!(found.same, "{one} and {other}: {found:?}");
             // Pages that either has as bytes, in whole.
             assert!(found.compared_bytes >= 5 * PAGE as u64, "{one} and {other}");
+        }
+    }
+}
+
+/// The guest as an image of libvirt of a format.
+fn write_libvirt(guest: &Guest, to: &Path, format: Format) {
+    let plain = to.with_extension("plain");
+    guest.write_stream(&plain, &[]);
+    run(&ConvertSettings { domain_xml: Some("<domain/>\n".into()), ..settings(&plain, to, format) }).unwrap();
+}
+
+#[derive(Default)]
+struct Seen(Vec<(String, u64, u64, MapKind)>);
+
+impl MapVisitor for Seen {
+    fn block(&mut self, block: &page::RamBlock) {
+        self.0.push((block.name.clone(), 0, 0, MapKind::Hole));
+    }
+
+    fn run(&mut self, run: &MapRun<'_>) {
+        let (start, end) = (run.range.start.0, run.range.end.0);
+        match self.0.last_mut() {
+            Some(last) if last.3 == run.kind && last.2 == start => last.2 = end,
+            Some(last) => {
+                let name = last.0.clone();
+                self.0.push((name, start, end, run.kind));
+            }
+            None => panic!("a run before its block"),
+        }
+    }
+}
+
+#[test]
+fn images_of_libvirt_are_compared_and_mapped_whether_compressed_or_not() {
+    let directory = directory();
+    let at = |name: &str| -> PathBuf { directory.path().join(name) };
+    let (one, mut other) = (guest(), guest());
+    other.blocks[0].1[700] = Page::Data(40);
+    one.write_stream(&at("stream"), &[]);
+    let seen = |path: &Path| {
+        let (mut seen, mut placed) = (Seen::default(), Seen::default());
+        let image = MappedImage::open(path, 0).unwrap();
+        map(&image, MapSettings { offset: 0, scan: true }, &mut seen).unwrap();
+        map_changes(&MappedImage::open(&at("stream"), 0).unwrap(), &image, &mut placed).unwrap();
+        (seen.0.into_iter().filter(|run| run.3 == MapKind::Data).collect::<Vec<_>>(), placed.0)
+    };
+    let expected = seen(&at("stream")).0;
+    assert!(expected.contains(&("pc.ram".into(), 700, 701, MapKind::Data)), "{expected:?}");
+    for format in Format::LIBVIRT {
+        let (same, changed) =
+            (at(&format!("{}-same", format.name())), at(&format!("{}-other", format.name())));
+        write_libvirt(&one, &same, format);
+        write_libvirt(&other, &changed, format);
+        for (image, is_same) in [(&same, true), (&changed, false)] {
+            for sides in [[&at("stream"), image], [image, &at("stream")], [&same, image]] {
+                let [one, other] = sides.map(Compared::new);
+                let found = compare(&CompareSettings::new(one, other));
+                let pages = u64::from(!is_same);
+                assert_eq!((found.same, found.pages_different), (is_same, pages), "{sides:?}");
+                let ranges: Vec<_> = found.blocks.iter().flat_map(|block| &block.ranges).collect();
+                let page = PAGE as u64;
+                let expected = [[700 * page, 701 * page]];
+                assert!(
+                    ranges.iter().copied().eq(expected.iter().filter(|_| !is_same)),
+                    "{sides:?} {ranges:?}"
+                );
+            }
+            let (kinds, changes) = seen(image);
+            // Which of the other pages are sent as zero is up to the format.
+            assert_eq!(kinds, expected, "{}", image.display());
+            let changes: Vec<_> = changes.iter().filter(|change| change.3 == MapKind::Changed).collect();
+            assert_eq!(changes.len(), usize::from(!is_same), "{} {changes:?}", image.display());
         }
     }
 }

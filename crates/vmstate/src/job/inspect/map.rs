@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use page::{PageCount, PageIndex, PageRange, PageSize, RamBlock};
 
-use crate::source::{FileExtents, Format, Image, Place, Places, Stored, open_image};
+use crate::source::{FileExtents, Format, Image, Place, Places, Stored, decompressed, open_image};
 use crate::{Error, Kind, Result};
 
 /// How much is read at once.
@@ -119,26 +119,30 @@ pub trait MapVisitor {
 /// An open image, for its map.
 #[derive(Debug)]
 pub struct MappedImage {
+    /// What the places of the pages are offsets of.
     file: File,
+    /// Whether that is not the image, but what came out of it.
+    is_compressed: bool,
     path: PathBuf,
     image: Image,
 }
 
 impl MappedImage {
-    /// Opens an image by vmstate or by QEMU, in any format that is read.
+    /// Opens an image by vmstate or by QEMU, in any format that is read. One that is compressed is decompressed into a
+    /// file without a name, in `TMPDIR` or /var/tmp.
     ///
     /// # Errors
-    /// [`Kind::Damaged`] and [`Kind::Unsupported`] at the first fault, with file, offset and field;
-    /// [`Kind::Unsupported`] of an image that is compressed; [`Kind::Io`].
+    /// [`Kind::Damaged`] and [`Kind::Unsupported`] at the first fault, with file, offset and field; [`Kind::Io`].
     pub fn open(path: &Path, offset: u64) -> Result<MappedImage> {
-        let file = open_image(path)?;
+        let mut file = open_image(path)?;
         let again = file.try_clone().map_err(|error| cannot_read(path, error))?;
         let image = Image::from_file(again, path, offset)?;
-        if image.payload().compressed().is_some() {
-            let clause = format!("{} is compressed: its pages have no place in the file", path.display());
-            return Err(Error::new(Kind::Unsupported, clause));
+        let is_compressed = image.payload().compressed().is_some();
+        if is_compressed {
+            let ram_bytes = image.blocks().iter().fold(0, |sum: u64, block| sum.saturating_add(block.length));
+            file = decompressed(&file, path, image.payload(), ram_bytes)?;
         }
-        Ok(MappedImage { image, file, path: path.to_owned() })
+        Ok(MappedImage { image, file, is_compressed, path: path.to_owned() })
     }
 
     /// The format.
@@ -220,8 +224,12 @@ impl Walk<'_> {
 
     /// Tells of the first pages, and returns the others.
     fn front(&mut self, place: Place, visitor: &mut dyn MapVisitor) -> Result<Option<Place>> {
-        let tell =
-            |kind, place: &Place, bytes| MapRun { range: place.range, kind, place: file_place(place), bytes };
+        // Pages of a compressed image are nowhere in its file.
+        let is_compressed = self.mapped.is_compressed;
+        let tell = |kind, place: &Place, bytes| {
+            let at = if is_compressed { None } else { file_place(place) };
+            MapRun { range: place.range, kind, place: at, bytes }
+        };
         let size = self.block.page_size.bytes();
         let Stored::Data { at, stride } = place.stored else {
             let kind = if place.stored == Stored::Zero { MapKind::Zero } else { MapKind::Hole };
