@@ -18,8 +18,7 @@ demo: setup ## Save and restore a guest in real QEMUs, and show what it took
 test: setup check ## Everything that CI runs
 	@cargo xtask test
 
-test-full: test ## The above, old QEMUs and libvirts, and a longer fuzz
-	@scripts/setup-qemu72.sh
+test-full: test ## The above, all of QEMU 7.2, old libvirts, and a longer fuzz
 	@scripts/setup-old-libvirt.sh
 	@$(call timed,full suites,VMSTATE_TEST_FULL=1 cargo test --quiet --package vmstate-rig)
 	@$(MAKE) --no-print-directory fuzz
@@ -36,7 +35,6 @@ bench: setup ## Compare QEMU's own ways with ours in one run
 	@target/release/vmstate bench
 
 golden: setup ## Make the golden images anew, with real QEMUs
-	@scripts/setup-qemu72.sh
 	@cargo xtask golden --regenerate
 
 fuzz: ## Run each fuzz target for a while (FUZZ_SECONDS, default 60)

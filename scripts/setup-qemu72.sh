@@ -1,5 +1,5 @@
 #!/bin/sh
-# Unpacks QEMU 7.2, Debian 12's own, next to the installed one: golden files and `make test-full` ask it for a second
+# Unpacks QEMU 7.2, Debian 12's own, next to the installed one: golden files and tests ask it for a second
 # opinion. Nothing is installed and no list of the system's apt is touched. It is started by the script
 # qemu72/qemu-system-x86_64 in the directory of assets, whose path may be given as VMSTATE_QEMU.
 set -eu

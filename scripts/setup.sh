@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes a fresh Debian 12 or 13 with Rust fit to build, test and demonstrate vmstate: a C toolchain, QEMU 10, libvirt, and
-# the kernel and busybox of the Linux guest, which are unpacked and never installed. Does nothing, and asks the
+# QEMU 7.2 and the kernel and busybox of the Linux guest, which are unpacked and never installed. Does nothing, and asks the
 # network nothing, when all is there. Needs root, or sudo, only when something has to be installed.
 set -eu
 umask 022
@@ -73,3 +73,5 @@ if ! PATH=$PATH:/usr/sbin has libvirtd || ! has virsh; then
     install_new libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients
 fi
 [ -e "$assets/linux/vmlinuz" ] || unpack_guest
+# It is what images of old guests are made by and go back to.
+scripts/setup-qemu72.sh

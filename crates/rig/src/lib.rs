@@ -26,7 +26,7 @@ pub use huge_mount::HugeMount;
 pub use launched::Launched;
 pub use libvirtd::{Domain, DomainSpec, Libvirtd};
 pub use proxy::Proxy;
-pub use stock::{StockLoad, client, stock_load, stock_save};
+pub use stock::{StockLoad, client, stock_load, stock_migrate, stock_save};
 
 /// Generous: a wait ends as soon as what it waits for has come.
 pub const DEADLINE: Duration = Duration::from_secs(120);

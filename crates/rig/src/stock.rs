@@ -108,3 +108,15 @@ pub fn stock_load(spec: &QemuSpec, image: &Path, how: StockLoad) -> Qemu {
     drop(client);
     qemu
 }
+
+/// Has a QEMU of any age do a migration by a command of its own, `migrate` or `migrate-incoming`, and waits until it is
+/// complete.
+///
+/// # Panics
+/// When QEMU refuses.
+pub fn stock_migrate(qemu: &Qemu, command: &str, uri: &str) {
+    let mut client = client(qemu);
+    client.set_capabilities(&[Capability { name: "events".to_owned(), state: true }]).expect("capabilities");
+    client.execute(command, json!({ "uri": uri })).unwrap_or_else(|error| panic!("{uri}: {}", error.chain()));
+    await_completion(&mut client);
+}

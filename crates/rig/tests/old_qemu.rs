@@ -13,12 +13,13 @@ use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, Qemu
 use page::PageSize;
 use serde_json::{Map, json};
 use vmstate::net::QmpAddress;
-use vmstate::qmp::Capability;
 use vmstate::source::{Format, MappedRamFile};
 use vmstate::{
     Cancel, ConvertSettings, Kind, Mode, Record, RestoreSettings, SaveSettings, Target, Unobserved, Via,
 };
-use vmstate_rig::{DEADLINE, StockLoad, client, compare_images, stock_load, stock_save, verify_image};
+use vmstate_rig::{
+    DEADLINE, StockLoad, client, compare_images, stock_load, stock_migrate, stock_save, verify_image,
+};
 use wire::qemu::{Event, StreamScanner};
 
 /// The old QEMU as a user has it who never heard of the new one; `None`, aloud, where it is not to be tested.
@@ -172,21 +173,6 @@ fn qemu_7_2_says_that_it_maps_no_image_and_gets_all_of_it_instead() {
     }
 }
 
-/// Has a QEMU of any age do a migration, and waits until it is complete.
-fn migrate(qemu: &Qemu, command: &str, uri: &str) {
-    let mut client = client(qemu);
-    client.set_capabilities(&[Capability { name: "events".to_owned(), state: true }]).unwrap();
-    client.execute(command, json!({ "uri": uri })).unwrap();
-    loop {
-        let now = client.migration().unwrap();
-        match now.status.as_str() {
-            "completed" => return,
-            "failed" | "cancelled" => panic!("{uri}: {now:?}"),
-            _ => drop(client.next_event(Some(std::time::Instant::now() + DEADLINE)).unwrap()),
-        }
-    }
-}
-
 fn convert(from: &Path, to: &Path, format: Format) {
     vmstate::convert(&ConvertSettings::new(from, to, format), &Cancel::new().unwrap(), &Unobserved)
         .unwrap_or_else(|error| panic!("{}", error.chain()));
@@ -208,7 +194,7 @@ fn what_was_converted_goes_on_in_the_other_qemu() {
         let mut source = old.start().expect(&name);
         source.wait_for_round(2, DEADLINE).expect(&name);
         client(&source).stop().expect(&name);
-        migrate(&source, "migrate", &format!("exec:cat > {}", at("old").display()));
+        stock_migrate(&source, "migrate", &format!("exec:cat > {}", at("old").display()));
         let round = source.serial.latest_round().unwrap();
         drop(source);
         convert(&at("old"), &at("old-mapped"), Format::MappedRam);
@@ -222,7 +208,7 @@ fn what_was_converted_goes_on_in_the_other_qemu() {
         drop(target);
         convert(&at("new"), &at("new-stream"), Format::Stream);
         let mut target = QemuSpec { incoming: Incoming::Defer, ..old.clone() }.start().expect(&name);
-        migrate(&target, "migrate-incoming", &format!("exec:cat {}", at("new-stream").display()));
+        stock_migrate(&target, "migrate-incoming", &format!("exec:cat {}", at("new-stream").display()));
         client(&target).cont().expect(&name);
         target.wait_for_round(round + 2, DEADLINE).unwrap_or_else(|error| panic!("{name} to 7.2: {error}"));
     }
