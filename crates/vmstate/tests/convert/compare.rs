@@ -19,7 +19,10 @@ fn guest() -> Guest {
     for (at, page) in [(0, Page::Data(1)), (1, Page::Zero), (2, Page::Blank), (700, Page::Data(2))] {
         pages[at] = page;
     }
-    Guest { blocks: vec![("pc.ram".into(), pages), ("rom".into(), vec![Page::Data(3); 3])] }
+    Guest {
+        is_described: true,
+        blocks: vec![("pc.ram".into(), pages), ("rom".into(), vec![Page::Data(3); 3])],
+    }
 }
 
 #[test]
@@ -159,8 +162,14 @@ fn pages_that_differ_are_told_by_range_and_first_byte() {
 fn blocks_that_only_one_has_or_of_other_lengths_differ() {
     let directory = directory();
     let at = |name: &str| -> PathBuf { directory.path().join(name) };
-    let one = Guest { blocks: vec![("a".into(), vec![Page::Data(1); 4]), ("b".into(), vec![Page::Zero; 2])] };
-    let other = Guest { blocks: vec![("b".into(), vec![Page::Zero; 3]), ("c".into(), vec![Page::Data(1)])] };
+    let one = Guest {
+        is_described: true,
+        blocks: vec![("a".into(), vec![Page::Data(1); 4]), ("b".into(), vec![Page::Zero; 2])],
+    };
+    let other = Guest {
+        is_described: true,
+        blocks: vec![("b".into(), vec![Page::Zero; 3]), ("c".into(), vec![Page::Data(1)])],
+    };
     one.write_mapped_ram(&at("one"), 0);
     other.write_mapped_ram(&at("other"), 0);
     let found = compare(&CompareSettings::new(Compared::new(at("one")), Compared::new(at("other"))));

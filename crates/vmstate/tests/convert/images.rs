@@ -49,6 +49,8 @@ impl Page {
 #[derive(Clone, Debug)]
 pub struct Guest {
     pub blocks: Vec<(String, Vec<Page>)>,
+    /// Whether its device state is described, and has an early section, which cannot be told apart without that.
+    pub is_described: bool,
 }
 
 impl Guest {
@@ -74,8 +76,11 @@ impl Guest {
     }
 
     /// A section that another handler writes before the pages go.
-    pub fn early() -> Vec<u8> {
+    pub fn early(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
+        if !self.is_described {
+            return bytes;
+        }
         SectionHeader {
             kind: wire::qemu::SectionKind::Full,
             section_id: 21,
@@ -89,8 +94,8 @@ impl Guest {
         bytes
     }
 
-    /// Device state and its description, up to the end of the file.
-    pub fn tail() -> Vec<u8> {
+    /// Device state and its description, if there is one, up to the end of the file.
+    pub fn tail(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         let early = Field::plain("bitmap", "buffer", EARLY_LEN as u64);
         let mut devices = vec![Device { name: EARLY.into(), fields: vec![early], ..Device::default() }];
@@ -114,6 +119,9 @@ impl Guest {
             devices.push(Device { name: name.into(), fields, ..Device::default() });
         }
         bytes.push(0);
+        if !self.is_described {
+            return bytes;
+        }
         let description = VmDescription {
             page_size: Some(PAGE as u64),
             devices,
@@ -137,8 +145,8 @@ impl Guest {
         .unwrap();
         let file = File::create(path).unwrap();
         let mut tail = Vec::new();
-        encode_ram_end(RAM_ID, &Guest::early(), &mut tail);
-        tail.extend(Guest::tail());
+        encode_ram_end(RAM_ID, &self.early(), &mut tail);
+        tail.extend(self.tail());
         file.set_len(plan.tail_offset).unwrap();
         file.write_all_at(&tail, plan.tail_offset).unwrap();
         for (block, (_, pages)) in plan.blocks.iter().zip(&self.blocks) {
@@ -167,7 +175,7 @@ impl Guest {
         let setup = RamSetup { blocks: self.entries(), multifd_flush: false };
         Preamble { configuration: Some(Guest::configuration()) }.encode(&mut out);
         setup.encode_section(RAM_ID, &mut out);
-        out.extend(Guest::early());
+        out.extend(self.early());
         Item::Part { section_id: RAM_ID }.encode(&mut out);
         let mut records = RecordEncoder::new(&setup);
         let mut send = |block: usize, index: usize, page: Page, out: &mut Vec<u8>| match page {
@@ -190,7 +198,7 @@ impl Guest {
             }
         }
         encode_ram_end(RAM_ID, b"", &mut out);
-        out.extend(Guest::tail());
+        out.extend(self.tail());
         out
     }
 }
@@ -209,8 +217,8 @@ impl Content {
     pub fn of(guest: &Guest) -> Content {
         Content {
             memory: guest.memory(),
-            early: Guest::early(),
-            tail: Guest::tail(),
+            early: guest.early(),
+            tail: guest.tail(),
             ram_id: RAM_ID,
             configuration: Some(Guest::configuration()),
         }

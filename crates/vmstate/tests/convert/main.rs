@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use images::{Content, Guest, Page, read_mapped_ram, read_stream};
 use proptest::collection::vec;
 use proptest::prelude::*;
+use proptest::sample::select;
 use vmstate::source::Format;
 use vmstate::{Cancel, ConvertReport, ConvertSettings, DirectIo, Unobserved};
 
@@ -58,12 +59,12 @@ fn pages() -> impl Strategy<Value = Vec<Page>> {
 fn guest() -> impl Strategy<Value = Guest> {
     // The last block is one of those too large to have their absent pages sent.
     let large = prop_oneof![4 => Just(0), 1 => Just(5000usize)];
-    (vec(pages(), 1..5), large).prop_map(|(mut blocks, absent)| {
+    (vec(pages(), 1..5), large, any::<bool>()).prop_map(|(mut blocks, absent, is_described)| {
         if let Some(last) = blocks.last_mut() {
             last.splice(0..0, std::iter::repeat_n(Page::Absent, absent));
         }
         let named = blocks.into_iter().enumerate().map(|(i, pages)| (format!("block.{i}"), pages));
-        Guest { blocks: named.collect() }
+        Guest { is_described, blocks: named.collect() }
     })
 }
 
@@ -73,7 +74,7 @@ fn earlier() -> impl Strategy<Value = Vec<(u16, u16, Page)>> {
     vec((any::<u16>(), any::<u16>(), page), 0..200)
 }
 
-/// How many guests there are: each is converted eight times, and back.
+/// How many guests there are: each is converted a dozen times, and back.
 fn cases() -> u32 {
     if std::env::var_os("VMSTATE_TEST_FULL").is_some() { 256 } else { 16 }
 }
@@ -87,6 +88,8 @@ proptest! {
         earlier in earlier(),
         channels in 1..4u16,
         direct in prop_oneof![Just(DirectIo::Auto), Just(DirectIo::Off)],
+        libvirts in select(Format::LIBVIRT.as_slice()),
+        start in prop_oneof![Just(0), (0..64u64).prop_map(|pages| pages * 4096), 0..1u64 << 18],
     ) {
         let directory = directory();
         let at = |name: &str| -> PathBuf { directory.path().join(name) };
@@ -100,20 +103,32 @@ proptest! {
         prop_assert_eq!(&read_mapped_ram(&at("mapped"), 0), &expected, "the generator");
         prop_assert_eq!(&read_stream(&at("stream")), &expected, "the generator");
         for source in ["mapped", "stream"] {
-            for there in Format::ALL {
-                for back in Format::ALL {
-                    let (one, other) = (at("one"), at("other"));
-                    let with = |from: &Path, to: &Path, format| ConvertSettings {
-                        channels: Some(channels),
-                        direct_io: direct,
-                        overwrite: true,
-                        ..settings(from, to, format)
-                    };
-                    run(&with(&at(source), &one, there)).unwrap();
+            let (one, other) = (at("one"), at("other"));
+            let with = |from: &Path, to: &Path, format| ConvertSettings {
+                channels: Some(channels),
+                direct_io: direct,
+                overwrite: true,
+                // An image of QEMU's own has no place for it.
+                domain_xml: matches!(format, Format::Libvirt(_)).then(|| "<domain/>\n".to_owned()),
+                ..settings(from, to, format)
+            };
+            for there in Format::ALL.into_iter().chain([libvirts]) {
+                run(&with(&at(source), &one, there)).unwrap();
+                if there != libvirts {
                     prop_assert_eq!(&read(&one, there), &expected, "{} to {:?}", source, there);
+                }
+                for back in Format::ALL {
                     run(&with(&one, &other, back)).unwrap();
                     prop_assert_eq!(&read(&other, back), &expected, "{} to {:?} to {:?}", source, there, back);
                 }
+            }
+            let mapped = Format::MappedRam;
+            std::fs::write(&one, vec![7; start as usize]).unwrap();
+            run(&ConvertSettings { to_offset: Some(start), ..with(&at(source), &one, mapped) }).unwrap();
+            prop_assert_eq!(&read_mapped_ram(&one, start), &expected, "{} to {:#x}", source, start);
+            for back in Format::ALL {
+                run(&ConvertSettings { from_offset: start, ..with(&one, &other, back) }).unwrap();
+                prop_assert_eq!(&read(&other, back), &expected, "{} from {:#x}", source, start);
             }
         }
     }
@@ -126,7 +141,7 @@ fn sparse_guest() -> Guest {
     large[5] = Page::Blank;
     large[19_999] = Page::Data(2);
     let small = vec![Page::Zero, Page::Data(3), Page::Absent];
-    Guest { blocks: vec![("large".into(), large), ("small".into(), small)] }
+    Guest { is_described: true, blocks: vec![("large".into(), large), ("small".into(), small)] }
 }
 
 #[test]

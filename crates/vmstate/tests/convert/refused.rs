@@ -12,7 +12,10 @@ use super::{directory, run, settings};
 
 fn small_guest() -> Guest {
     let pages = [Page::Data(5), Page::Zero, Page::Absent, Page::Data(9)];
-    Guest { blocks: vec![("pc.ram".into(), pages.repeat(5)), ("rom".into(), vec![Page::Data(7)])] }
+    Guest {
+        is_described: true,
+        blocks: vec![("pc.ram".into(), pages.repeat(5)), ("rom".into(), vec![Page::Data(7)])],
+    }
 }
 
 /// Settings for many conversions of little.
