@@ -22,10 +22,47 @@ pub struct Domain {
     pub cookie: Option<String>,
 }
 
+/// The head of an image in the making, of which nothing is open but whether the image is complete and whether the guest
+/// ran: neither changes its length.
+#[derive(Clone, Debug)]
+pub(crate) struct Envelope {
+    head: Head,
+}
+
+impl Envelope {
+    /// The head of an image of that format.
+    ///
+    /// # Errors
+    /// [`Kind::Unsupported`] for an XML or a cookie that no image can have.
+    pub(crate) fn new(format: PayloadFormat, domain: Domain) -> Result<Envelope> {
+        let Domain { xml, cookie } = domain;
+        let head = Head::new(format, true, xml, cookie).map_err(|fault| {
+            Error::new(Kind::Unsupported, "the description of the domain fits no image").because(fault)
+        })?;
+        Ok(Envelope { head })
+    }
+
+    /// How many bytes it takes.
+    pub(crate) fn len(&self) -> u64 {
+        self.head.len()
+    }
+
+    /// Its bytes once the image is complete, for a guest that ran or did not.
+    pub(crate) fn bytes(&self, was_running: bool) -> Vec<u8> {
+        self.encoded(true, was_running)
+    }
+
+    fn encoded(&self, is_complete: bool, was_running: bool) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        Head { is_complete, was_running, ..self.head.clone() }.encode(&mut bytes);
+        bytes
+    }
+}
+
 /// An image of libvirt in the making.
 pub struct LibvirtSink<'a> {
     target: &'a Target,
-    head: Head,
+    envelope: Envelope,
     inner: Box<dyn Sink + 'a>,
 }
 
@@ -39,36 +76,30 @@ impl<'a> LibvirtSink<'a> {
     /// [`Kind::Misuse`] without a domain; [`Kind::Unsupported`] for an XML that no image can have, and for compression
     /// in a build without codecs; [`Kind::Io`].
     pub fn create(format: PayloadFormat, target: &'a Target, means: Means) -> Result<LibvirtSink<'a>> {
-        let Some(Domain { xml, cookie }) = means.domain.clone() else {
+        let Some(domain) = means.domain.clone() else {
             let clause = "an image of libvirt needs the XML of its domain, which the source does not have";
             return Err(Error::new(Kind::Misuse, clause)
                 .hint("give it with --xml: virsh dumpxml --migratable DOMAIN"));
         };
-        let head = Head::new(format, true, xml, cookie).map_err(|fault| {
-            Error::new(Kind::Unsupported, "libvirt could not read such a head").because(fault)
-        })?;
-        let is_sequential = target.is_sequential();
+        let envelope = Envelope::new(format, domain)?;
         let start = target.start();
         if format == PayloadFormat::Sparse {
-            let head = Head { is_complete: false, ..head.aligned(start, ALIGNMENT) };
-            let inner = Box::new(MappedRamSink::new(target, start + head.len(), means));
-            return Ok(LibvirtSink { target, head, inner });
+            let envelope = Envelope { head: envelope.head.aligned(start, ALIGNMENT) };
+            let inner = Box::new(MappedRamSink::new(target, start + envelope.len(), means));
+            return Ok(LibvirtSink { target, envelope, inner });
         }
-        let head = Head { is_complete: is_sequential, ..head };
         let mut out = byte_sink(target, &means)?;
-        let mut bytes = Vec::new();
-        head.encode(&mut bytes);
-        out.write_all(&bytes).map_err(write_failed)?;
+        out.write_all(&envelope.encoded(target.is_sequential(), true)).map_err(write_failed)?;
         if format.is_compressed() {
             out = compressed(format, out)?;
         }
-        Ok(LibvirtSink { target, head, inner: Box::new(StreamSink::new(out, means)) })
+        Ok(LibvirtSink { target, envelope, inner: Box::new(StreamSink::new(out, means)) })
     }
 }
 
 impl Sink for LibvirtSink<'_> {
     fn metadata_bytes(&self, shape: &GuestShape) -> u64 {
-        self.inner.metadata_bytes(shape) + self.head.len()
+        self.inner.metadata_bytes(shape) + self.envelope.len()
     }
 
     fn write_pages(&mut self, shape: &GuestShape, pages: Pages<'_>) -> Result<()> {
@@ -87,12 +118,8 @@ impl Sink for LibvirtSink<'_> {
             return Ok(());
         }
         // All of it now, and not the header alone: in a mapped-ram image nothing stands there yet.
-        self.head.is_complete = true;
-        self.head.was_running = was_running;
-        let mut bytes = Vec::new();
-        self.head.encode(&mut bytes);
         self.target
-            .write_all_at(&bytes, self.target.start())
+            .write_all_at(&self.envelope.bytes(was_running), self.target.start())
             .map_err(|error| Error::io(format!("cannot write {}", self.target.path().display()), error))
     }
 }

@@ -13,7 +13,7 @@ pub use create::create_sink;
 pub use devices::DeviceState;
 pub use flow::{ByteSink, Means, Sink, byte_sink};
 pub use libvirt::{Domain, LibvirtSink};
-pub(crate) use libvirt::{compressed_outflow, require_codec};
+pub(crate) use libvirt::{Envelope, compressed_outflow, require_codec};
 pub use mapped_ram::{MappedRamComposition, bitmap_pieces};
 pub use mapped_ram_image::MappedRamSink;
 pub use stream::{PagesSent, StreamComposition};

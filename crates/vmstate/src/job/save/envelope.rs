@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use io::{Cancel, TargetKind};
 use serde_json::{Value, json};
-use wire::libvirt::{Head, PayloadFormat};
+use wire::libvirt::PayloadFormat;
 use wire::libvirt_rpc::{Arguments, Procedure, decode_double_word};
 
 use super::{SaveFormat, SaveSettings, writing};
@@ -12,32 +12,13 @@ use crate::job::Observer;
 use crate::libvirt::{Connection, DomainName, GivingUp, LibvirtUri};
 use crate::net::QmpAddress;
 use crate::qmp::Version;
+use crate::sink::{Domain, Envelope};
 use crate::{Error, Kind, Result};
 
 /// The first libvirt that reads `sparse` images: 11.2.
 const SPARSE_SINCE: u64 = 11_002_000;
 /// The first QEMU that loads them as vmstate lays them out: 9.0, of which libvirt asks mapped-ram and multifd.
 const MAPPED_RAM_SINCE: (u32, u32) = (9, 0);
-
-/// The head of an image of libvirt, but for whether the guest ran.
-#[derive(Clone, Debug)]
-pub(super) struct Envelope {
-    head: Head,
-}
-
-impl Envelope {
-    /// How many bytes it takes.
-    pub(super) fn len(&self) -> u64 {
-        self.head.len()
-    }
-
-    /// Its bytes, for a guest that comes back in the state `run_state`.
-    pub(super) fn bytes(&self, run_state: &str) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        Head { was_running: run_state == "running", ..self.head.clone() }.encode(&mut bytes);
-        bytes
-    }
-}
 
 /// The format that the image gets, and what is put in front of it.
 ///
@@ -54,7 +35,7 @@ pub(super) fn choose(
         let format = writing::format_for(settings.format, kind)?;
         return match (format, settings.domain_xml.clone()) {
             (SaveFormat::Libvirt(payload), Some(xml)) => {
-                Ok((format, Some(Envelope { head: head(payload, xml, None)? })))
+                Ok((format, Some(Envelope::new(payload, Domain { xml, cookie: None })?)))
             }
             (SaveFormat::Libvirt(_), None) => {
                 Err(Error::new(Kind::Misuse, "an image of libvirt begins with its description of the domain")
@@ -81,13 +62,8 @@ pub(super) fn choose(
     let format = writing::format_for(Some(wanted), kind)?;
     let SaveFormat::Libvirt(payload) = format else { return Ok((format, None)) };
     let text = libvirt.saved_text(&domain)?;
-    Ok((format, Some(Envelope { head: head(payload, text.xml, text.cookie)? })))
-}
-
-fn head(payload: PayloadFormat, xml: String, cookie: Option<String>) -> Result<Head> {
-    Head::new(payload, true, xml, cookie).map_err(|fault| {
-        Error::new(Kind::Unsupported, "the description of the domain fits no image").because(fault)
-    })
+    let described = Domain { xml: text.xml, cookie: text.cookie };
+    Ok((format, Some(Envelope::new(payload, described)?)))
 }
 
 /// The format that a user of this libvirt expects: the one that its configuration names, else the one that is written

@@ -17,7 +17,6 @@ use io::{Cancel, DraftOptions, Owner, Target, TargetKind};
 
 use wire::libvirt::PayloadFormat;
 
-use self::envelope::Envelope;
 pub use self::envelope::managed_image;
 pub use self::managed::{ManagedSaveReport, ManagedSaveSettings, save_managed};
 pub use self::rehearsal::{Rehearsal, rehearse};
@@ -27,6 +26,7 @@ use crate::job::Record;
 use crate::net::QmpAddress;
 use crate::qemu::{self, Session};
 use crate::qmp::{self, RunStatus};
+use crate::sink::Envelope;
 use crate::{Error, Kind, Rate, Result};
 
 /// The most channels; QEMU's own limit for multifd.
@@ -326,7 +326,7 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
 fn envelop(target: &Target, envelope: Option<&Envelope>, carried: &Carried) -> Result<()> {
     let Some(envelope) = envelope else { return Ok(()) };
     let failed = |error| Error::io(format!("cannot write {}", target.path().display()), error);
-    target.write_all_at(&envelope.bytes(&carried.run_state), 0).map_err(failed)
+    target.write_all_at(&envelope.bytes(carried.run_state == "running"), 0).map_err(failed)
 }
 
 /// What was decided on the way.
