@@ -47,10 +47,15 @@ fn a_described_image_is_the_other_one_with_qemus_own_description() {
         "memory-backend-file,id=vmem0,size=512M,share=on,mem-path={}",
         dir.path().join("vmem").display()
     );
-    let plugged =
-        ["-m", "256M,slots=2,maxmem=2G", "-object", &vmem, "-device", "virtio-mem-pci,memdev=vmem0"];
+    // A clock that goes by the host's goes on in a paused guest.
+    let rtc = ["-rtc", "clock=vm"];
+    let plugged = [
+        &["-m", "256M,slots=2,maxmem=2G", "-object", &vmem, "-device", "virtio-mem-pci,memdev=vmem0"][..],
+        &rtc,
+    ]
+    .concat();
     for (name, backend, extra) in [
-        ("a file", MemoryBackend::File(ram), &["-rtc", "clock=vm"][..]),
+        ("a file", MemoryBackend::File(ram), &rtc[..]),
         ("a memfd by its path", MemoryBackend::File(by_its_path.into()), &plugged),
     ] {
         let spec = spec(backend, extra);
