@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ::io::Cancel;
 use page::{PageCount, PageSet, PageSize, Window};
@@ -16,6 +16,7 @@ use crate::obstacles::Obstacles;
 use crate::peer::{Peer, PeerError};
 use crate::presence::{PageTableRuns, PagemapMethod, Stretch};
 use crate::private_file::PrivateFileBlock;
+use crate::recorded::Recorded;
 use crate::remote::{RemoteSpan, read_spans};
 use crate::runs::{Runs, Union, shared_runs, unmapped_runs};
 use crate::supply::UNIT;
@@ -43,9 +44,8 @@ pub(crate) struct Region {
     pub(crate) reach: Reach,
     /// Whether the process itself may write all of it.
     pub(crate) is_writable: bool,
-    /// One bit for each page that was supplied as data. A piece has four words to itself, so lanes never
-    /// meet in one.
-    pub(crate) data: Vec<AtomicU64>,
+    /// The pages that were supplied as data.
+    pub(crate) data: Recorded,
 }
 
 /// How the bytes of a region are read.
@@ -67,9 +67,8 @@ impl Region {
         reach: Reach,
         is_writable: bool,
     ) -> Region {
-        let words = page_size.pages_of(block.length).0.div_ceil(64);
-        // The length was found mapped in a process, so there is a word for each 256 KiB of its memory.
-        let data = (0..words).map(|_| AtomicU64::new(0)).collect();
+        // The length was found mapped in a process, so there is room for a few bytes for each 128 MiB of it.
+        let data = Recorded::new(page_size.pages_of(block.length));
         Region { block, page_size, backing, reach, is_writable, data }
     }
 
@@ -261,8 +260,16 @@ impl GuestRam {
     /// When there is no such region.
     pub fn data_pages(&self, region: usize) -> PageSet {
         let region = &self.regions[region];
-        let words = region.data.iter().map(|word| word.load(Ordering::Relaxed)).collect();
-        PageSet::from_words(words, region.pages())
+        PageSet::from_words(region.data.all(), region.pages())
+    }
+
+    /// The same as 64-bit words, of those stretches that have any: where each begins, in words, and its words. It takes
+    /// the time and the memory that the data asks for, and not the length of the block.
+    ///
+    /// # Panics
+    /// When there is no such region.
+    pub fn data_parts(&self, region: usize) -> impl Iterator<Item = (usize, Vec<u64>)> {
+        self.regions[region].data.parts()
     }
 
     /// Checks that the process is the same and that every block still lies in the same memory.

@@ -48,6 +48,7 @@ mod obstacles;
 mod peer;
 mod presence;
 mod private_file;
+mod recorded;
 mod remote;
 mod reserved;
 mod runs;

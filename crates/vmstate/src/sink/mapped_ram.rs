@@ -1,6 +1,6 @@
 //! A mapped-ram image composed of what a probe tells, device state without RAM, and RAM read from outside.
 
-use page::{PageSet, PageSize};
+use page::PageSize;
 use wire::IdStr;
 use wire::mapped_ram::{BlockPlacement, ImagePlan, encode_tail};
 use wire::qemu::Configuration;
@@ -86,16 +86,63 @@ fn plan(probe: &Probe, start: u64) -> Result<(Configuration, ImagePlan)> {
     Ok((configuration, plan))
 }
 
-/// The parts of a block's bitmap, as offsets and the bytes that go there: those that are not zero, and, where
-/// what is not written does not read as zero, the others too.
+/// The parts of a block's bitmap, as offsets and the bytes that go there: `parts` of its words, each of which begins at a
+/// multiple of [`BITMAP_UNIT`], and, where what is not written does not read as zero, the others too.
 pub fn bitmap_pieces(
     place: &BlockPlacement,
-    pages: &PageSet,
+    parts: impl Iterator<Item = (usize, Vec<u64>)>,
     zeroes: bool,
 ) -> impl Iterator<Item = (u64, Vec<u8>)> {
-    let start = place.bitmap.start;
-    pages.words().chunks(BITMAP_UNIT / 8).enumerate().filter_map(move |(i, words)| {
-        let bytes = || words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        (zeroes || words.iter().any(|word| *word != 0)).then(|| (start + (i * BITMAP_UNIT) as u64, bytes()))
+    let (start, end) = (place.bitmap.start, place.bitmap.end);
+    let parts = parts.map(move |(first, words)| {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        (start + 8 * first as u64, bytes)
+    });
+    let mut parts = parts.peekable();
+    let mut at = start;
+    std::iter::from_fn(move || {
+        match parts.peek() {
+            Some((offset, _)) if !zeroes || *offset == at => {}
+            None if !zeroes => return None,
+            _ if at == end => return None,
+            _ => {
+                let unit = (end - at).min(BITMAP_UNIT as u64);
+                at += unit;
+                return Some((at - unit, vec![0; unit as usize]));
+            }
+        }
+        let part = parts.next()?;
+        at = part.0 + part.1.len() as u64;
+        Some(part)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bitmap_is_written_where_it_has_pages_and_whole_where_old_bytes_would_stay() {
+        let unit = BITMAP_UNIT as u64;
+        let bitmap = wire::FileRange { start: 100, end: 100 + 3 * unit + 16 };
+        let place = BlockPlacement {
+            name: IdStr::new("pc.ram").unwrap(),
+            used_length: (3 * unit + 16) * 8 * 4096,
+            page_size: PageSize::X86,
+            header_at: 0,
+            address: None,
+            bitmap,
+            pages: wire::FileRange { start: 1 << 20, end: 1 << 20 },
+        };
+        let parts = || [(512, vec![1; 512]), (1536, vec![2, 3])].into_iter();
+        let of = |zeroes| -> Vec<(u64, usize, u8)> {
+            let pieces = bitmap_pieces(&place, parts(), zeroes);
+            pieces.map(|(at, bytes)| (at, bytes.len(), bytes[0])).collect()
+        };
+        let (second, last) = ((100 + unit, 4096, 1), (100 + 3 * unit, 16, 2));
+        assert_eq!(of(false), [second, last]);
+        assert_eq!(of(true), [(100, 4096, 0), second, (100 + 2 * unit, 4096, 0), last]);
+        let nothing = bitmap_pieces(&place, std::iter::empty(), true);
+        assert_eq!(nothing.map(|(_, bytes)| bytes.len()).sum::<usize>(), 3 * 4096 + 16);
+    }
 }

@@ -122,7 +122,7 @@ impl<'a> Writing<'a> {
                 }
                 for (region, place) in composition.places().enumerate() {
                     for (offset, bytes) in
-                        bitmap_pieces(place, &ram.data_pages(region), !target.reads_as_zero())
+                        bitmap_pieces(place, ram.data_parts(region), !target.reads_as_zero())
                     {
                         write(offset, &bytes)?;
                     }
