@@ -87,7 +87,7 @@ fn plan(probe: &Probe, start: u64) -> Result<(Configuration, ImagePlan)> {
 }
 
 /// The parts of a block's bitmap, as offsets and the bytes that go there: `parts` of its words, each of which begins at a
-/// multiple of [`BITMAP_UNIT`], and, where what is not written does not read as zero, the others too.
+/// multiple of 512, and, where what is not written does not read as zero, the others too.
 pub fn bitmap_pieces(
     place: &BlockPlacement,
     parts: impl Iterator<Item = (usize, Vec<u64>)>,
