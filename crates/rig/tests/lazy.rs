@@ -215,7 +215,7 @@ fn guests_go_from_restore_to_restore() {
 fn guests_go_from_restore_to_restore_in_qemu_7_2() {
     let program = lab::assets_dir().join("qemu72/qemu-system-x86_64");
     if !is_full() || !program.exists() {
-        let why = "skipped: QEMU 7.2: it is a part of make test-full (VMSTATE_TEST_FULL), which unpacks it\n";
+        let why = "skipped: QEMU 7.2: it is a part of make test-full (VMSTATE_TEST_FULL is not set)\n";
         std::io::stderr().write_all(why.as_bytes()).unwrap();
         return;
     }
