@@ -15,6 +15,8 @@ pub struct Counters {
     pub pieces: AtomicU64,
     /// Write calls made, those that a signal interrupted included.
     pub write_calls: AtomicU64,
+    /// Reads that rings were given.
+    pub ring_reads: AtomicU64,
 }
 
 /// The values of [`Counters`] at one moment.
@@ -28,6 +30,8 @@ pub struct CountersReading {
     pub pieces: u64,
     /// See [`Counters::write_calls`].
     pub write_calls: u64,
+    /// See [`Counters::ring_reads`].
+    pub ring_reads: u64,
 }
 
 impl Counters {
@@ -38,6 +42,7 @@ impl Counters {
             bytes_zero: self.bytes_zero.load(Ordering::Relaxed),
             pieces: self.pieces.load(Ordering::Relaxed),
             write_calls: self.write_calls.load(Ordering::Relaxed),
+            ring_reads: self.ring_reads.load(Ordering::Relaxed),
         }
     }
 }

@@ -60,13 +60,22 @@ impl<'a> Flights<'a> {
         self.reading > 0
     }
 
-    /// Whether there is a buffer for another piece. What is done by now is taken home first.
+    /// Whether there is a buffer for another piece. Only where there is none is anything taken home.
     pub(super) fn has_room(&mut self) -> Result<bool, LaneError> {
-        self.advance()?;
+        self.send()?;
+        self.take_spare()?;
+        if self.spare.is_none() {
+            self.advance()?;
+            self.take_spare()?;
+        }
+        Ok(self.spare.is_some() && self.waiting.is_empty())
+    }
+
+    fn take_spare(&mut self) -> Result<(), LaneError> {
         if self.spare.is_none() {
             self.spare = self.pool.take().map_err(|source| LaneError::start(self.lane.number, source))?;
         }
-        Ok(self.spare.is_some() && self.waiting.is_empty())
+        Ok(())
     }
 
     /// Sets a piece on its way when there is room: read by the ring where it is part of a file, or had from the
@@ -79,14 +88,17 @@ impl<'a> Flights<'a> {
         let mut scratch = self.spare.take().expect("a buffer, for which there is room");
         scratch.reserve(piece.len as usize).map_err(|source| LaneError::start(self.lane.number, source))?;
         match self.lane.supply.as_file().filter(|file| self.ring.is_some() && file.is_direct()) {
-            Some(file) => self.begin_reading(file, piece, scratch)?,
+            Some(file) => {
+                self.begin_reading(file, piece, scratch)?;
+                self.send()
+            }
             None => {
                 let supplied = self.lane.supply.supply(&piece, &mut scratch);
                 let supplied = supplied.map_err(|source| unsupplied(&piece, source))?;
                 self.begin_writing(Loaded { piece, scratch }, supplied)?;
+                self.advance()
             }
         }
-        self.advance()
     }
 
     /// Waits until something comes home.
@@ -111,20 +123,32 @@ impl<'a> Flights<'a> {
         Ok(())
     }
 
-    /// Starts what waits, as far as there is room, and takes home what is done.
+    /// Starts what waits, as far as the ring has room.
+    fn send(&mut self) -> Result<(), LaneError> {
+        while self.ring.as_ref().is_some_and(|ring| !ring.is_full()) {
+            let Some(flight) = self.waiting.pop_front() else { break };
+            self.lane.check_cancel()?;
+            self.start(flight)?;
+        }
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        ring.submit().map_err(|source| LaneError::start(self.lane.number, source))
+    }
+
+    /// Starts what waits, and takes home what is done, but of the pieces that have been read only the first.
+    ///
+    /// To write one may be to copy it. Whoever took all of them home at once would copy a dozen while nothing is
+    /// being read, and then read a dozen while nothing is copied.
     fn advance(&mut self) -> Result<(), LaneError> {
         loop {
-            while self.ring.as_ref().is_some_and(|ring| !ring.is_full()) {
-                let Some(flight) = self.waiting.pop_front() else { break };
-                self.lane.check_cancel()?;
-                self.start(flight)?;
-            }
-            let Some(ring) = &mut self.ring else { return Ok(()) };
-            ring.submit().map_err(|source| LaneError::start(self.lane.number, source))?;
+            self.send()?;
             let mut is_quiet = true;
             while let Some((flight, moved)) = self.ring.as_mut().and_then(Ring::done) {
                 self.pool.learn(flight.since.elapsed());
+                let reading = self.reading;
                 self.arrive(flight, moved)?;
+                if self.reading < reading {
+                    return self.send();
+                }
                 is_quiet = false;
             }
             if is_quiet {
@@ -136,7 +160,10 @@ impl<'a> Flights<'a> {
     fn start(&mut self, mut flight: Flight) -> Result<(), LaneError> {
         let Flight { direction, span, .. } = flight;
         let (descriptor, len) = match direction {
-            Direction::Read => (self.image(), span.len),
+            Direction::Read => {
+                add(&self.lane.counters.ring_reads, 1);
+                (self.image(), span.len)
+            }
             Direction::Write => {
                 let direct = self.lane.target.direct.as_deref().expect("a direct write has its file");
                 match direct.ring_write(span.base, span.len, span.offset) {
@@ -326,4 +353,76 @@ fn left_out(piece: &Piece, supplied: &Supplied) -> [u64; 4] {
 
 fn unsupplied(piece: &Piece, source: io::Error) -> LaneError {
     LaneError::Supply { region: piece.region, offset: piece.offset, source: Arc::new(source) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Condvar, Mutex};
+
+    use super::*;
+    use crate::lane::PositionedWrite;
+    use crate::{
+        Cancel, Counters, DirectChoice, EngineChoice, LaneOptions, LaneSettings, LaneTarget, ReadPair,
+        WriteLanes,
+    };
+
+    const PIECES: u64 = 48;
+    const PIECE: u64 = 1 << 20;
+
+    /// What notes, at each write, how many reads have begun. It holds the write up until there is a piece that could be
+    /// begun.
+    #[derive(Default)]
+    struct Noted {
+        counters: Arc<Counters>,
+        dealt: Mutex<u64>,
+        more: Condvar,
+        begun: Mutex<Vec<u64>>,
+    }
+
+    impl PositionedWrite for Arc<Noted> {
+        unsafe fn write_span_at(&self, _: *const u8, len: usize, _: u64) -> io::Result<usize> {
+            let begun = self.counters.read().ring_reads;
+            let dealt = self.dealt.lock().unwrap();
+            let dealt = self.more.wait_while(dealt, |dealt| *dealt <= begun && *dealt < PIECES);
+            drop(dealt.unwrap());
+            self.begun.lock().unwrap().push(begun);
+            Ok(len)
+        }
+    }
+
+    #[test]
+    #[allow(clippy::print_stderr, reason = "a test that cannot look says so")]
+    fn while_a_piece_is_copied_the_next_are_read() {
+        let source = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        source.as_file().set_len(PIECES * PIECE).unwrap();
+        let pair = ReadPair::open(source.path(), DirectChoice::Auto).unwrap();
+        if let Err(error) = EngineChoice::IoUring.engine() {
+            return eprintln!("not looked at: io_uring: {error}");
+        }
+        let align = pair.direct_io.alignment();
+        let Some(direct) = pair.direct else { return eprintln!("not looked at: no direct I/O here") };
+        let supply = FileSupply::new(Some(direct), pair.buffered, align, vec![0]);
+        let noted = Arc::new(Noted::default());
+        let lanes = WriteLanes::start_with(
+            LaneTarget { direct: None, buffered: Box::new(noted.clone()) },
+            Arc::new(supply),
+            LaneSettings { lanes: 1, align: 4096 },
+            LaneOptions { engine: EngineChoice::IoUring, ..LaneOptions::default() },
+            noted.counters.clone(),
+            Cancel::new().unwrap(),
+        )
+        .unwrap();
+        for offset in (0..PIECES).map(|number| number * PIECE) {
+            let (grain, len, mask) = (4096, PIECE as u32, [u64::MAX; 4]);
+            lanes.deal(Piece { region: 0, offset, target: offset, grain, len, mask }).unwrap();
+            *noted.dealt.lock().unwrap() += 1;
+            noted.more.notify_all();
+        }
+        lanes.finish().unwrap();
+        let begun = noted.begun.lock().unwrap();
+        assert_eq!(begun.len() as u64, PIECES);
+        for (number, pair) in begun.windows(2).enumerate() {
+            assert!(pair[0] == PIECES || pair[1] > pair[0], "at write {}: {begun:?}", number + 1);
+        }
+    }
 }
