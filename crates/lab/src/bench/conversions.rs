@@ -61,8 +61,12 @@ pub struct ConversionRow {
     pub read_ms: f64,
     /// What they take to write as many into a new file: the median.
     pub write_ms: f64,
-    /// The slower of both in a round over the conversion's time in that round.
+    /// What both take when they are done at the same time, as a conversion does them: the median.
+    pub both_ms: f64,
+    /// The slower of reading and writing alone in a round over the conversion's time in that round.
     pub ratio: Interval,
+    /// Both at the same time over the conversion's time.
+    pub ratio_of_both: Interval,
     /// Whether the budget is kept.
     pub verdict: Verdict,
     /// Bytes of pages that were moved.
@@ -150,6 +154,7 @@ struct Sample {
     convert: Duration,
     read: Duration,
     write: Duration,
+    both: Duration,
     data_bytes: u64,
     peak_bytes: u64,
 }
@@ -166,17 +171,18 @@ impl Pair<'_> {
         for round in 0..=rounds {
             let begun = Instant::now();
             let mut sample = Sample::default();
-            let order = if round % 2 == 0 { [0, 1, 2] } else { [2, 1, 0] };
+            let order = if round % 2 == 0 { [0, 1, 2, 3] } else { [3, 2, 1, 0] };
             for who in order {
                 match who {
                     0 => self.convert(&mut sample, cancel)?,
-                    1 => {
-                        leave_cache(self.from)?;
-                        sample.read = ceiling::read(self.from, cancel)?;
-                    }
+                    1 => sample.read = self.read(cancel)?,
+                    2 => sample.write = self.write(bytes, cancel)?,
                     _ => {
-                        sample.write = ceiling::write_fresh(self.ceiling, bytes, cancel)?;
-                        remove(self.ceiling)?;
+                        let (read, written) = std::thread::scope(|scope| {
+                            let writing = scope.spawn(|| self.write(bytes, cancel));
+                            (self.read(cancel), writing.join().expect("lanes that do not panic"))
+                        });
+                        sample.both = read?.max(written?);
                     }
                 }
             }
@@ -189,6 +195,17 @@ impl Pair<'_> {
             }
         }
         Ok(samples)
+    }
+
+    fn read(&self, cancel: &Cancel) -> Result<Duration> {
+        leave_cache(self.from)?;
+        ceiling::read(self.from, cancel)
+    }
+
+    fn write(&self, bytes: u64, cancel: &Cancel) -> Result<Duration> {
+        let took = ceiling::write_fresh(self.ceiling, bytes, cancel)?;
+        remove(self.ceiling)?;
+        Ok(took)
     }
 
     fn convert(&self, sample: &mut Sample, cancel: &Cancel) -> Result<()> {
@@ -216,11 +233,11 @@ fn remove(path: &Path) -> Result<()> {
 
 fn row(memory_mib: u64, from: &'static str, to: &'static str, samples: &[Sample]) -> Option<ConversionRow> {
     let all = |of: fn(&Sample) -> Duration| samples.iter().map(|sample| ms(of(sample))).collect::<Vec<f64>>();
-    let ratios: Vec<f64> = samples
-        .iter()
-        .map(|sample| sample.read.max(sample.write).as_secs_f64() / sample.convert.as_secs_f64())
-        .collect();
-    let (times, ratio) = (all(|sample| sample.convert), interval(&ratios)?);
+    let over = |of: fn(&Sample) -> Duration| {
+        let ratio = |sample: &Sample| of(sample).as_secs_f64() / sample.convert.as_secs_f64();
+        interval(&samples.iter().map(ratio).collect::<Vec<f64>>())
+    };
+    let (times, ratio) = (all(|sample| sample.convert), over(|sample| sample.read.max(sample.write))?);
     Some(ConversionRow {
         memory_mib,
         from,
@@ -230,7 +247,9 @@ fn row(memory_mib: u64, from: &'static str, to: &'static str, samples: &[Sample]
         time_max_ms: times.iter().copied().fold(0.0, f64::max),
         read_ms: median(&all(|sample| sample.read)),
         write_ms: median(&all(|sample| sample.write)),
+        both_ms: median(&all(|sample| sample.both)),
         ratio,
+        ratio_of_both: over(|sample| sample.both)?,
         verdict: budget::verdict(&ratio, Some(BUDGET), memory_mib),
         data_bytes: samples.iter().map(|sample| sample.data_bytes).max().unwrap_or(0),
         peak_bytes: samples.iter().map(|sample| sample.peak_bytes).max().unwrap_or(0),
@@ -239,6 +258,7 @@ fn row(memory_mib: u64, from: &'static str, to: &'static str, samples: &[Sample]
 
 /// The conversions as a table.
 pub fn render_conversions(rows: &[ConversionRow], style: Style) -> String {
+    let range = |ratio: &Interval| format!("{} – {}", factor(ratio.low), factor(ratio.high));
     let cells = |row: &ConversionRow| {
         vec![
             row.from.to_owned(),
@@ -250,7 +270,10 @@ pub fn render_conversions(rows: &[ConversionRow], style: Style) -> String {
             time(row.read_ms),
             time(row.write_ms),
             factor(row.ratio.median),
-            format!("{} – {}", factor(row.ratio.low), factor(row.ratio.high)),
+            range(&row.ratio),
+            time(row.both_ms),
+            factor(row.ratio_of_both.median),
+            range(&row.ratio_of_both),
             row.ratio.count.to_string(),
             size(row.peak_bytes),
         ]
@@ -266,6 +289,9 @@ pub fn render_conversions(rows: &[ConversionRow], style: Style) -> String {
         "write",
         "of the slower",
         "interval",
+        "both at once",
+        "of both",
+        "interval",
         "n",
         "vmstate peak",
     ];
@@ -278,20 +304,22 @@ mod tests {
 
     #[test]
     fn a_conversion_is_compared_with_the_slower_of_reading_and_writing() {
-        let sample = |convert, read, write| Sample {
+        let sample = |convert, read, write, both| Sample {
             convert: Duration::from_millis(convert),
             read: Duration::from_millis(read),
             write: Duration::from_millis(write),
+            both: Duration::from_millis(both),
             data_bytes: 4 << 30,
             peak_bytes: 9 << 20,
         };
-        let samples = [sample(1000, 500, 950), sample(1000, 900, 100), sample(500, 400, 100)];
+        let samples = [sample(1000, 500, 950, 980), sample(1000, 900, 100, 990), sample(500, 400, 100, 500)];
         let row = row(4096, "stream", "mapped-ram", &samples).unwrap();
         assert_eq!((row.ratio.median, row.ratio.low, row.ratio.high), (0.9, 0.8, 0.95));
+        assert_eq!(row.ratio_of_both.median, 0.99);
         assert_eq!(row.verdict, Verdict::TooFewRounds);
         let text = render_conversions(&[row], Style::Markdown);
         let expected = "| stream | mapped-ram | too few rounds | 4.00 GiB | 1.00 s | 500 ms – 1.00 s | 500 ms | 100 ms | \
-                        0.90 | 0.80 – 0.95 | 3 | 9.00 MiB |";
+                        0.90 | 0.80 – 0.95 | 980 ms | 0.99 | 0.98 – 1.00 | 3 | 9.00 MiB |";
         assert!(text.contains(expected), "{text}");
     }
 

@@ -17,8 +17,10 @@ use crate::job::{Observer, Record};
 use crate::libvirt::{Connection, DomainName, GivingUp, LibvirtUri};
 use crate::{Error, Result};
 
-/// How often a job is told to end that has not begun yet.
+/// How often a job is told to end that has not begun yet, or will not.
 const ABORT_INTERVAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+/// How long one that has agreed to end is left alone: it needs the domain for that, as being told again does.
+const ENDING_INTERVAL: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// Which domain libvirt is to save, and how.
 #[derive(Clone, Debug)]
@@ -88,10 +90,11 @@ fn call(settings: &ManagedSaveSettings, domain: &Domain, cancel: &Cancel) -> Res
         while !has_ended(&on_done, cancel)? {
             // It may not have begun, or be over: both are refusals.
             let hung_up = on_done.try_clone().map_err(failed)?;
-            if let Ok(mut other) = Connection::open(&settings.uri, GivingUp::HungUp(hung_up)) {
-                let _ = other.call(Procedure::DomainAbortJob, &Arguments::new().domain(domain));
-            }
-            let _ = poll(&mut [PollFd::new(&on_done, PollFlags::empty())], Some(&ABORT_INTERVAL));
+            let told = Connection::open(&settings.uri, GivingUp::HungUp(hung_up)).and_then(|mut other| {
+                other.call(Procedure::DomainAbortJob, &Arguments::new().domain(domain))
+            });
+            let interval = if told.is_ok() { ENDING_INTERVAL } else { ABORT_INTERVAL };
+            let _ = poll(&mut [PollFd::new(&on_done, PollFlags::empty())], Some(&interval));
         }
         Ok(saving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
