@@ -83,22 +83,7 @@ fn check(machine: MachineKind, backend: MemoryBackend) {
     vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved)
         .unwrap_or_else(|error| panic!("{}", error.chain()));
     third.wait(DEADLINE).unwrap();
-    // Started by somebody else, on memory that is the image.
-    let offset = ram_offset(&settings.image);
-    let mapped = format!(
-        "memory-backend-file,mem-path={},offset={offset},share=off,readonly=on,rom=off",
-        settings.image.display()
-    );
-    let first_spec = spec.clone();
-    let spec = QemuSpec { backend: MemoryBackend::Object(mapped), incoming: Incoming::Defer, ..spec };
-    let mut fourth = spec.start().unwrap();
-    let waiting = Target::Waiting(QmpAddress::Unix(fourth.qmp_path()));
-    let settings = RestoreSettings { mode: Mode::Map, ..RestoreSettings::new(&settings.image, waiting) };
-    let restored = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved);
-    let restored = restored.unwrap_or_else(|error| panic!("{}", error.chain()));
-    assert_eq!((restored.mode, restored.run_state.as_str()), (Mode::Map, "running"));
-    count = next(&mut fourth, Some(&count));
-    count = next(&mut fourth, Some(&count));
+    let (mut fourth, last) = mapped(&spec, &settings.image, count);
 
     // Out of memory that is an image into another, from which it comes on demand; then the same from stock QEMU's.
     let again = dir.path().join("again.img");
@@ -107,11 +92,33 @@ fn check(machine: MachineKind, backend: MemoryBackend) {
     vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved)
         .unwrap_or_else(|error| panic!("{}", error.chain()));
     fourth.wait(DEADLINE).unwrap();
-    let (fifth, last) = on_demand(&first_spec, &again, count);
+    let (fifth, last) = on_demand(&spec, &again, last);
     let stock = dir.path().join("stock.img");
     stock_save(&fifth, &stock, StockLoad::BEST);
     drop(fifth);
-    on_demand(&first_spec, &stock, last);
+    on_demand(&spec, &stock, last.clone());
+    mapped(&spec, &stock, last);
+}
+
+/// Restores an image by mapping it into a QEMU that somebody has started on memory that is the image, and has the guest
+/// go on from `last`.
+fn mapped(spec: &QemuSpec, image: &Path, last: Count) -> (Qemu, Count) {
+    let offset = ram_offset(image);
+    let memory = format!(
+        "memory-backend-file,mem-path={},offset={offset},share=off,readonly=on,rom=off",
+        image.display()
+    );
+    let backend = MemoryBackend::Object(memory);
+    let mut target = QemuSpec { backend, incoming: Incoming::Defer, ..spec.clone() }.start().unwrap();
+    let waiting = Target::Waiting(QmpAddress::Unix(target.qmp_path()));
+    let settings =
+        RestoreSettings { mode: Mode::Map, record: Record::Running, ..RestoreSettings::new(image, waiting) };
+    let restored = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved);
+    let restored = restored.unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert_eq!((restored.mode, restored.run_state.as_str()), (Mode::Map, "running"));
+    let count = next(&mut target, Some(&last));
+    let count = next(&mut target, Some(&count));
+    (target, count)
 }
 
 /// Restores an image on demand into a QEMU that waits, and has the guest go on from `last`.
