@@ -45,6 +45,7 @@ mod guest_ram;
 mod kind;
 mod maps;
 mod obstacles;
+mod pagemap;
 mod peer;
 mod presence;
 mod private_file;
@@ -55,6 +56,7 @@ mod runs;
 mod spawn;
 mod supply;
 mod uffd_ceiling;
+mod walk_ahead;
 mod windows;
 mod zero;
 

@@ -8,8 +8,8 @@ use std::os::unix::fs::FileExt;
 use rustix::io::Errno;
 
 use crate::file::BackingFile;
+use crate::pagemap::is_there;
 use crate::peer::{Peer, PeerError};
-use crate::presence::is_there;
 
 /// How many entries of pagemap are read at once: those of the largest piece.
 const ENTRIES: usize = page::WINDOW_PAGES as usize;

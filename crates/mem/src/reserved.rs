@@ -2,6 +2,7 @@
 
 use std::ffi::c_void;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -59,21 +60,30 @@ impl Reserved {
     /// # Errors
     /// Where the kernel refuses its advice; what is there then is not what was asked for.
     pub fn touch(&mut self, every: u64, run: u64) -> io::Result<()> {
-        let advice =
-            if run.is_multiple_of(HUGE_PAGE) { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
+        let advice = if run > 0 && run.is_multiple_of(HUGE_PAGE) {
+            Advice::LinuxHugepage
+        } else {
+            Advice::LinuxNoHugepage
+        };
         // SAFETY: the mapping is this value's own, and the advice changes nobody's bytes.
         unsafe { madvise(self.base, self.length, advice) }?;
         let length = self.length as u64;
         for start in (0..length).step_by(usize::try_from(every).map_err(io::Error::other)?) {
-            for at in (start..length.min(start + run)).step_by(PAGE as usize) {
-                // Below the length, which is a usize.
-                let byte = self.base.cast::<u8>().wrapping_add(at as usize);
-                // SAFETY: the byte lies in the mapping, which is writable; it is borrowed exclusively, and nobody else
-                // has its address.
-                unsafe { byte.write_volatile(1) };
-            }
+            self.write(start..length.min(start + run));
         }
         Ok(())
+    }
+
+    /// Writes to each page of some bytes of it.
+    pub(crate) fn write(&mut self, bytes: Range<u64>) {
+        for at in bytes.step_by(PAGE as usize) {
+            assert!(at < self.length as u64, "a byte at {at:#x} of {:#x}", self.length);
+            // Below the length, which is a usize.
+            let byte = self.base.cast::<u8>().wrapping_add(at as usize);
+            // SAFETY: the byte lies in the mapping, which is writable; it is borrowed exclusively, and nobody else
+            // has its address.
+            unsafe { byte.write_volatile(1) };
+        }
     }
 
     /// The block that it is, for [`GuestRam::attach`](crate::GuestRam::attach) to this process.
