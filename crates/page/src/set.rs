@@ -99,6 +99,12 @@ impl PageSet {
         Runs { set: self, at: from.0 }.next()
     }
 
+    /// Which pages of the window that begins at `first`, a multiple of [`WINDOW_PAGES`], are in the set.
+    pub fn mask_at(&self, first: PageIndex) -> Mask {
+        let at = (first.0 / 64) as usize;
+        Mask(std::array::from_fn(|j| self.words.get(at + j).copied().unwrap_or(0)))
+    }
+
     /// The windows with at least one page in the set, in order.
     pub fn windows(&self) -> impl Iterator<Item = Window> + '_ {
         self.words.chunks((WINDOW_PAGES / 64) as usize).enumerate().filter_map(|(i, words)| {
@@ -206,6 +212,15 @@ mod tests {
         ] {
             let found = set.next_run(PageIndex(from)).map(|run| (run.start.0, run.end.0));
             assert_eq!(found, expected, "{from}");
+        }
+    }
+
+    #[test]
+    fn a_window_is_cut_out_wherever_it_begins() {
+        let mut set = PageSet::new(PageCount(300));
+        set.insert(PageRange::new(250, 300));
+        for (first, expected) in [(0, Mask::range(250, 256)), (256, Mask::range(0, 44)), (512, Mask::EMPTY)] {
+            assert_eq!(set.mask_at(PageIndex(first)), expected, "{first}");
         }
     }
 

@@ -7,11 +7,12 @@ use wire::qemu::{DeviceSection, decode_xen_device_state};
 
 use crate::job::Observer;
 use crate::manifest::{Disk, FileState, Manifest};
-use crate::qemu::{self, Session};
+use crate::qemu::{self, HostBlock, Session};
 use crate::source::Image;
 use crate::{Error, Kind, Result};
 
-/// Compares an image with the target that is to take it: machine, RAM blocks, devices, disks.
+/// Compares an image with the target that is to take it: machine, RAM blocks, devices, disks. Returns the target's
+/// blocks.
 ///
 /// # Errors
 /// [`Kind::Incompatible`], naming both sides and what mends it. With `force` only machine and RAM blocks
@@ -22,9 +23,9 @@ pub(super) fn compare(
     pid: Option<u32>,
     force: bool,
     observer: &dyn Observer,
-) -> Result<()> {
+) -> Result<Vec<HostBlock>> {
     machine(image, session)?;
-    blocks(image, session, observer)?;
+    let targets = blocks(image, session, observer)?;
     let mut misfits = devices(image, session, observer)?;
     match image.manifest() {
         Ok(Some(manifest)) => misfits.extend(host(&manifest, session, pid, observer)?),
@@ -45,7 +46,7 @@ pub(super) fn compare(
         }
         observer.warn(&misfit.to_string());
     }
-    Ok(())
+    Ok(targets)
 }
 
 /// Whether QEMU would end itself over the run state that the image records: it allows some transitions from
@@ -72,7 +73,7 @@ fn machine(image: &Image, session: &mut Session) -> Result<()> {
 }
 
 /// QEMU takes an image of 64 MiB into a guest of 128 MiB without a word.
-fn blocks(image: &Image, session: &mut Session, observer: &dyn Observer) -> Result<()> {
+fn blocks(image: &Image, session: &mut Session, observer: &dyn Observer) -> Result<Vec<HostBlock>> {
     let blocks = image.blocks();
     let targets = qemu::host_blocks(&mut session.client)?;
     for block in &blocks {
@@ -99,7 +100,7 @@ fn blocks(image: &Image, session: &mut Session, observer: &dyn Observer) -> Resu
         observer
             .warn(&format!("target has a RAM block `{}`, image has none: it stays as it is", surplus.name));
     }
-    Ok(())
+    Ok(targets)
 }
 
 /// Compares the device sections with those that the target would write now, fresh as it is. QEMU fails in

@@ -9,6 +9,7 @@ use mem::{BlockAddress, GuestRam};
 use page::{PageRange, PageSet};
 use wire::mapped_ram::BlockPlacement;
 
+use super::Seen;
 use crate::job::Observer;
 use crate::qemu::{self, ImageBlock, Session};
 use crate::source::{FileExtents, MappedRamFile};
@@ -96,9 +97,15 @@ pub(super) fn hold(image: &MappedRamFile, observer: &dyn Observer) -> Result<Fil
 ///
 /// # Errors
 /// [`Kind::Unsupported`] where the largest block is not mapped from the image.
-pub(super) fn shares(image: &MappedRamFile, session: &mut Session, pid: Option<u32>) -> Result<Vec<Share>> {
+pub(super) fn shares(
+    image: &MappedRamFile,
+    session: &mut Session,
+    seen: &mut Seen,
+    pid: Option<u32>,
+) -> Result<Vec<Share>> {
     let peer = Arc::new(qemu::find_process(session, pid)?);
-    let targets = qemu::host_blocks(&mut session.client)?;
+    seen.peer = Some(peer.clone());
+    let targets = &seen.blocks;
     let layout = image.layout();
     let largest = layout.blocks.iter().map(|block| block.used_length).max().unwrap_or(0);
     let mut shares = Vec::with_capacity(layout.blocks.len());

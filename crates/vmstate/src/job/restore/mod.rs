@@ -15,9 +15,11 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use io::{Cancel, LaneOptions, ReadPair};
+use mem::Peer;
 use serde_json::json;
 use wire::qemu::format::MAPPED_RAM;
 
@@ -33,7 +35,7 @@ use self::zero::{Verified, verify_zero};
 use super::save::{CHANNELS_MAX, QEMU_CHANNELS, default_channels};
 use super::{DirectIo, Observer, Phases, Stopwatch, Via, note_engine};
 use crate::net::QmpAddress;
-use crate::qemu::{self, LaunchSettings, Launched, Session};
+use crate::qemu::{self, HostBlock, LaunchSettings, Launched, Session};
 use crate::qmp::MigrationInfo;
 use crate::source::{Image, MappedRamFile, StreamFile, open_image};
 use crate::{Error, Kind, Rate, Result};
@@ -360,9 +362,10 @@ fn start(
         Target::Launch { command, log, foreground } => (command, log.as_deref(), *foreground),
     };
     let launch = |command: &[OsString], pass| -> Result<(Session, Launched)> {
-        let (client, launched) = qemu::launch(LaunchSettings { command, log, foreground, pass }, cancel)?;
-        match Session::over(client) {
-            Ok(session) => Ok((session, launched)),
+        let (mut client, launched) = qemu::launch(LaunchSettings { command, log, foreground, pass }, cancel)?;
+        // Nobody else can have it migrate: it is new, and this monitor its only one that is known.
+        match client.version() {
+            Ok(version) => Ok((Session::bare(client, version), launched)),
             Err(error) => Err(launched.give_up(error)),
         }
     };
@@ -381,6 +384,13 @@ fn start(
     }
     let (session, launched) = launch(command, None)?;
     Ok((session, Some(launched), plan))
+}
+
+/// What was seen of a target before the load and holds after it: QEMU neither moves its blocks nor itself.
+struct Seen {
+    blocks: Vec<HostBlock>,
+    /// QEMU's process, where it was proven already.
+    peer: Option<Arc<Peer>>,
 }
 
 /// What a load that succeeded tells.
@@ -414,7 +424,8 @@ fn load(
     let wants_pause = launched.is_some_and(|launched| launched.wants_pause);
     watch.phase("compare");
     require_waiting(session)?;
-    fit::compare(image, session, pid, settings.force, watch.observer)?;
+    let blocks = fit::compare(image, session, pid, settings.force, watch.observer)?;
+    let mut seen = Seen { blocks, peer: None };
     let run = wants_to_run(settings, image.run_state()?, wants_pause);
     let is_unreachable = launched.is_some_and(|launched| launched.user_qmp().is_none());
     let whole = match (run, is_unreachable) {
@@ -422,7 +433,7 @@ fn load(
         (true, true) => Some("without -qmp among QEMU's arguments it would be lost if vmstate were killed"),
         (true, false) => None,
     };
-    let mapped = match (plan.settle(image, session, pid, whole, watch.observer)?, image) {
+    let mapped = match (plan.settle(image, session, &mut seen, pid, whole, watch.observer)?, image) {
         (Settled::OnDemand(prepared), Image::MappedRam(image)) => {
             if is_unreachable {
                 watch.observer.warn(
@@ -504,7 +515,7 @@ fn load(
     }
 
     watch.phase("verify");
-    if let Verified::Unseen(reason) = verify_zero(image, session, pid)? {
+    if let Verified::Unseen(reason) = verify_zero(image, session, &seen, pid)? {
         watch.observer.warn(&format!("the target's memory could not be verified: {reason}"));
     }
 

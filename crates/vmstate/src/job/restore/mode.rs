@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 
 use super::map::{self, Share};
-use super::{RestoreSettings, Target, Via, lazy};
+use super::{RestoreSettings, Seen, Target, Via, lazy};
 use crate::job::Observer;
 use crate::qemu::{Session, map_arguments};
 use crate::source::{Image, MappedRamFile};
@@ -89,6 +89,7 @@ impl Plan {
         &mut self,
         image: &Image,
         session: &mut Session,
+        seen: &mut Seen,
         pid: Option<u32>,
         whole: Option<&'static str>,
         observer: &dyn Observer,
@@ -96,11 +97,13 @@ impl Plan {
         let Image::MappedRam(image) = image else { return Ok(Settled::Whole) };
         match self.mode {
             Mode::Eager => return Ok(Settled::Whole),
-            Mode::Lazy => return lazy::prepare(image, session, pid, observer).map(Settled::OnDemand),
+            Mode::Lazy => {
+                return lazy::prepare(image, session, &seen.blocks, pid, observer).map(Settled::OnDemand);
+            }
             Mode::Map | Mode::Auto => {}
         }
         if self.reason.is_none() || self.mode == Mode::Map {
-            match self.share(image, session, pid, observer) {
+            match self.share(image, session, seen, pid, observer) {
                 Ok(shares) => return Ok(Settled::Mapped(shares)),
                 Err(error) if self.mode == Mode::Auto && error.kind() == Kind::Unsupported => {
                     self.reason = Some(error.chain());
@@ -117,7 +120,7 @@ impl Plan {
             *self = Plan::eager(format!("{unmapped}; {why}"), observer);
             return Ok(Settled::Whole);
         }
-        match lazy::prepare(image, session, pid, observer) {
+        match lazy::prepare(image, session, &seen.blocks, pid, observer) {
             Ok(prepared) => {
                 let reason = format!("the image is large and not cached; {unmapped}");
                 observer.note(&format!("mode lazy: {reason}"));
@@ -139,10 +142,11 @@ impl Plan {
         &mut self,
         image: &MappedRamFile,
         session: &mut Session,
+        seen: &mut Seen,
         pid: Option<u32>,
         observer: &dyn Observer,
     ) -> Result<Vec<Share>> {
-        let shares = map::shares(image, session, pid)?;
+        let shares = map::shares(image, session, seen, pid)?;
         if self.mode == Mode::Auto {
             self.reason = Some("the target's memory is a mapping of the image".to_owned());
             observer.note("mode map: the target's memory is a mapping of the image");

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use mem::{BlockAddress, GuestRam};
-use page::{PageIndex, PageRange, PageSet, Window};
+use page::{PageRange, PageSet, Window};
 
+use super::Seen;
 use crate::qemu::{self, Session};
 use crate::source::Image;
 use crate::{Error, Kind, Result};
@@ -29,19 +30,26 @@ pub(super) enum Verified {
 ///
 /// # Errors
 /// [`Kind::Incompatible`] where it is not.
-pub(super) fn verify_zero(image: &Image, session: &mut Session, pid: Option<u32>) -> Result<Verified> {
-    let peer = match qemu::find_process(session, pid) {
+pub(super) fn verify_zero(
+    image: &Image,
+    session: &mut Session,
+    seen: &Seen,
+    pid: Option<u32>,
+) -> Result<Verified> {
+    let found = match &seen.peer {
+        Some(peer) => Ok(peer.clone()),
+        None => qemu::find_process(session, pid).map(Arc::new),
+    };
+    let peer = match found {
         Ok(peer) => peer,
         Err(error) if error.kind() == Kind::Unsupported => return Ok(Verified::Unseen(error.chain())),
         Err(error) => return Err(error),
     };
-    let targets = qemu::host_blocks(&mut session.client)?;
-    let targets = match qemu::with_addresses(&mut session.client, &peer, &targets) {
+    let targets = match qemu::with_addresses(&mut session.client, &peer, &seen.blocks) {
         Ok(targets) => targets,
         Err(error) if error.kind() == Kind::Unsupported => return Ok(Verified::Unseen(error.chain())),
         Err(error) => return Err(error),
     };
-    let peer = Arc::new(peer);
     let mut unseen = None;
     for (index, block) in image.blocks().iter().enumerate() {
         let name = block.name.as_str();
@@ -91,13 +99,9 @@ pub(super) fn verify_zero(image: &Image, session: &mut Session, pid: Option<u32>
 
 /// The runs of pages that are in the window and not in the set.
 pub(super) fn beside(window: &Window, pages: &PageSet) -> Vec<PageRange> {
-    let mut mask = window.mask;
-    for page in 0..page::WINDOW_PAGES as usize {
-        if pages.contains(PageIndex(window.first.0 + page as u64)) {
-            mask.remove(page);
-        }
-    }
     let first = window.first.0;
+    let there = pages.mask_at(window.first);
+    let mask = page::Mask(std::array::from_fn(|word| window.mask.0[word] & !there.0[word]));
     mask.runs().map(|(start, end)| PageRange::new(first + start as u64, first + end as u64)).collect()
 }
 
@@ -120,7 +124,7 @@ fn first_byte_set(ram: &GuestRam, run: PageRange, page_size: u64) -> std::io::Re
 #[cfg(test)]
 mod tests {
     use super::*;
-    use page::{Mask, PageCount};
+    use page::{Mask, PageCount, PageIndex};
 
     #[test]
     fn only_pages_that_the_image_lacks_are_looked_at() {

@@ -6,7 +6,7 @@ use rustix::fs::statfs;
 use wire::postcopy::RequestedBlock;
 
 use super::ledger::{Account, Ledger};
-use crate::qemu::{self, Session};
+use crate::qemu::{HostBlock, Session};
 use crate::source::MappedRamFile;
 use crate::{Error, Kind, Result};
 
@@ -29,13 +29,17 @@ fn real_page() -> u64 {
 /// # Errors
 /// [`Kind::Unsupported`] for an image without its RAM and for memory that QEMU would take away from others;
 /// [`Kind::Incompatible`] where a block has no whole pages on the target.
-pub(super) fn fit(image: &MappedRamFile, session: &mut Session, pid: Option<u32>) -> Result<Fit> {
+pub(super) fn fit(
+    image: &MappedRamFile,
+    session: &mut Session,
+    targets: &[HostBlock],
+    pid: Option<u32>,
+) -> Result<Fit> {
     let layout = image.layout();
     if let Some(ignored) = layout.blocks.iter().find(|block| block.is_ignored()) {
         let clause = format!("the image leaves `{}` out (x-ignore-shared)", ignored.name);
         return Err(Error::new(Kind::Unsupported, clause).hint("restore with --mode eager --via qemu"));
     }
-    let targets = qemu::host_blocks(&mut session.client)?;
     let mut summary = 0;
     let (mut accounts, mut blocks) = (Vec::new(), Vec::new());
     for block in &layout.blocks {
@@ -59,7 +63,7 @@ pub(super) fn fit(image: &MappedRamFile, session: &mut Session, pid: Option<u32>
         blocks.push(RequestedBlock { name: block.name.clone(), length: block.used_length, host_page });
     }
     // QEMU counts every block that it would migrate, and has no other here: the lists were compared.
-    for target in &targets {
+    for target in targets {
         if layout.blocks.iter().any(|block| block.name.as_str() == target.name) {
             summary |= target.page_size;
         }

@@ -33,7 +33,7 @@ use self::token::Token;
 use super::feed::{EXIT_ON_ERROR_SINCE, plain};
 use super::{Loaded, Mode, RUN_TIMEOUT, Via, load_failed};
 use crate::job::{Observer, Stopwatch};
-use crate::qemu::{self, Session};
+use crate::qemu::{self, HostBlock, Session};
 use crate::qmp::CLOSED_HINT;
 use crate::source::MappedRamFile;
 use crate::{Error, Kind, Result};
@@ -95,10 +95,11 @@ pub(super) struct Prepared {
 pub(super) fn prepare(
     image: &MappedRamFile,
     session: &mut Session,
+    targets: &[HostBlock],
     pid: Option<u32>,
     observer: &dyn Observer,
 ) -> Result<Prepared> {
-    let fit = fit(image, session, pid)?;
+    let fit = fit(image, session, targets, pid)?;
     let token = Token::of(image, session)?;
     let rendezvous = configure(session, pid, observer)?;
     Ok(Prepared { fit, token, rendezvous })

@@ -104,7 +104,8 @@ pub fn take_up(settings: &TakeUpSettings, cancel: &Cancel, observer: &dyn Observ
     let on: Vec<_> = client.capabilities()?.into_iter().filter(|c| c.state).map(|c| c.name).collect();
     let preempt = on.iter().any(|name| name == POSTCOPY_PREEMPT);
     let mut session = Session::bare(client, version);
-    let fit = fit(&image, &mut session, None)?;
+    let targets = qemu::host_blocks(&mut session.client)?;
+    let fit = fit(&image, &mut session, &targets, None)?;
 
     watch.phase("load");
     let (rendezvous, mut main) = reconnect(&mut session, preempt)?;
