@@ -174,6 +174,16 @@ pub struct Restore {
     #[arg(long, conflicts_with_all = ["mode", "via", "running", "paused", "channels", "max_bandwidth", "qemu"])]
     pub resume: bool,
 
+    /// Return when the guest runs, and leave a process behind that gives it its memory and then ends (--mode lazy).
+    /// What that process has to say afterwards goes to FILE
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true,
+          conflicts_with_all = ["resume", "wait", "ready_serial", "domain", "foreground"])]
+    pub background: Option<Option<PathBuf>>,
+
+    /// This is the process that --background leaves behind
+    #[arg(long, hide = true, requires = "background")]
+    pub background_server: bool,
+
     /// With --mode map: end only when all of the image is in the page cache. The other modes wait for the memory anyway
     #[arg(long, conflicts_with_all = ["resume", "domain"])]
     pub wait: bool,
@@ -611,7 +621,7 @@ impl RecordArgs {
     }
 }
 
-#[derive(Debug, ClapArgs)]
+#[derive(Clone, Copy, Debug, ClapArgs)]
 pub struct ReportArgs {
     /// Print one JSON object
     #[arg(long)]

@@ -43,9 +43,21 @@ impl Program {
     /// # Errors
     /// What starting it said; `InvalidInput` for a passed descriptor that is a standard one.
     pub fn spawn_detached(self, output: Output) -> io::Result<Child> {
+        self.spawn_reading(Stdio::null(), output)
+    }
+
+    /// As [`Program::spawn_detached`], with this to read from as its standard input, which may be a socket.
+    ///
+    /// # Errors
+    /// As [`Program::spawn_detached`].
+    pub fn spawn_detached_reading(self, stdin: OwnedFd, output: Output) -> io::Result<Child> {
+        self.spawn_reading(stdin.into(), output)
+    }
+
+    fn spawn_reading(self, stdin: Stdio, output: Output) -> io::Result<Child> {
         let or_null = |file: Option<File>| file.map_or_else(Stdio::null, Stdio::from);
         let mut command = Command::new(&self.path);
-        command.stdin(Stdio::null()).stdout(or_null(output.stdout)).stderr(or_null(output.stderr));
+        command.stdin(stdin).stdout(or_null(output.stdout)).stderr(or_null(output.stderr));
         self.spawn(command, true)
     }
 

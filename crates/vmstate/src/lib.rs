@@ -30,6 +30,7 @@ pub use page;
 
 pub use error::{Error, Kind, Result};
 pub use io::{Cancel, Owner};
+pub use job::{Answer, Server, start_server};
 pub use job::{
     CompareSettings, Compared, Comparison, ConvertReport, ConvertSettings, DeviceStateBy, DirectIo, Estimate,
     FaultReport, Mode, Observer, Pace, Phases, Progress, ProgressReading, ReadySerial, Record, Rehearsal,

@@ -1,5 +1,6 @@
 //! One file per command: each turns its arguments into a job's settings and its report into words.
 
+mod background;
 mod bench;
 mod check;
 mod compare;

@@ -1,5 +1,7 @@
 //! `vmstate restore`.
 
+use std::path::Path;
+
 use serde_json::{Map, json};
 use vmstate::{
     DirectIo, DomainRestoreSettings, Error, FaultReport, Kind, Mode, RestoreReport, RestoreSettings,
@@ -7,7 +9,8 @@ use vmstate::{
 };
 
 use super::Outcome;
-use crate::args::{ModeArg, Restore, RestoreViaArg};
+use super::background::{self, Background};
+use crate::args::{ModeArg, ReportArgs, Restore, RestoreViaArg};
 use crate::output::{Reporter, line, ms, print_json, say, size, time};
 use crate::progress::Told;
 use crate::signals::cancel_on_signals;
@@ -58,6 +61,9 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
     if args.resume {
         return take_up(args);
     }
+    if args.background.is_some() && !args.background_server {
+        return background::start();
+    }
     let target = match (args.qmp, args.qemu.is_empty()) {
         (Some(address), true) => Target::Waiting(address),
         (None, false) => {
@@ -102,22 +108,45 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
         wait: args.wait,
     };
     let cancel = cancel_on_signals()?;
+    let left_behind = match args.background {
+        Some(log) => Some(Background::new(log.as_deref(), &settings.image, args.report, &cancel)?),
+        None => None,
+    };
     let told = Told::start(Reporter { verbose: args.report.verbose }, args.progress.progress)?;
-    let mut report = vmstate::restore(&settings, &cancel, &told)?;
+    let restored = match &left_behind {
+        Some(background) => vmstate::restore(&settings, &cancel, &background.telling(&told)),
+        None => vmstate::restore(&settings, &cancel, &told),
+    };
+    let mut report = restored?;
     drop(told);
-    if let (true, Some(faults)) = (args.report.verbose, &report.faults) {
+    if left_behind.is_some_and(|background| background.has_told()) {
+        return Ok(Outcome::Done);
+    }
+    tell(&report, &settings.image, &args.report, None);
+    match report.foreground.take() {
+        Some(mut child) => {
+            let status = child.wait().map_err(|error| Error::io("cannot wait for QEMU", error))?;
+            Ok(Outcome::Exit(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(2)))
+        }
+        None => Ok(Outcome::Done),
+    }
+}
+
+/// Says what a restore did. `server` is the process that has more to do, where there is one.
+pub fn tell(report: &RestoreReport, image: &Path, wanted: &ReportArgs, server: Option<u32>) {
+    if let (true, Some(faults)) = (wanted.verbose, &report.faults) {
         say_faults(faults);
     }
-    if args.report.verbose {
+    if wanted.verbose {
         for (name, took) in &report.phases.0 {
             say(format!("  {name:<13} {:>9}", time(*took)));
         }
     }
-    if args.report.json {
-        print_json(&as_json(&report));
+    if wanted.json {
+        print_json(&as_json(report, server));
     } else {
         let pid = report.qemu_pid.map_or_else(String::new, |pid| format!(" in process {pid}"));
-        let (image, state) = (settings.image.display(), &report.run_state);
+        let (image, state) = (image.display(), &report.run_state);
         let (took, read) = (time(report.first_instruction), size(report.read_bytes));
         line(match report.mode {
             Mode::Map => format!("restored {image} mapped: {state}{pid} after {took}, {read} read so far"),
@@ -144,17 +173,13 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
             }
             None => {}
         }
-    }
-    match report.foreground.take() {
-        Some(mut child) => {
-            let status = child.wait().map_err(|error| Error::io("cannot wait for QEMU", error))?;
-            Ok(Outcome::Exit(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(2)))
+        if let Some(pid) = server {
+            line(format!("process {pid} gives it the rest of its memory"));
         }
-        None => Ok(Outcome::Done),
     }
 }
 
-fn as_json(report: &RestoreReport) -> serde_json::Value {
+fn as_json(report: &RestoreReport, server: Option<u32>) -> serde_json::Value {
     let phases: Map<_, _> =
         report.phases.0.iter().map(|(name, took)| ((*name).replace(' ', "_") + "_ms", ms(*took))).collect();
     json!({
@@ -163,6 +188,7 @@ fn as_json(report: &RestoreReport) -> serde_json::Value {
         "via": report.via.name(),
         "reason": report.reason,
         "qemu_pid": report.qemu_pid,
+        "server_pid": server,
         "qmp": report.qmp,
         "direct_io": report.direct_io,
         "channels": report.channels,

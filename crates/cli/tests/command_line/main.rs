@@ -4,6 +4,7 @@
 //! has to greet.
 
 mod answers;
+mod background;
 mod convert;
 mod devices;
 // The rig may not be depended on from below; this file of it needs nothing else of it.

@@ -26,6 +26,7 @@ pub use inspect::{
     FilePlace, Joiner, MapKind, MapRange, MapRun, MapSettings, MapVisitor, MappedImage, map, map_changes,
 };
 pub use progress::{Estimate, Pace, Progress, ProgressReading};
+pub use restore::{Answer, Server, start_server};
 pub use restore::{DomainRestoreReport, DomainRestoreSettings, restore_domain};
 pub use restore::{
     FaultReport, Mode, ReadySerial, Record, RestoreReport, RestoreSettings, TakeUpReport, TakeUpSettings,
@@ -94,6 +95,9 @@ pub trait Observer: Sync {
     /// The job begins, and how far it is can be read from `progress` at any time and from any thread. It is handed
     /// out once, before the first phase; a clone may outlive the job.
     fn progress(&self, _progress: &Progress) {}
+    /// The guest of a lazy restore runs, and its memory is on its way: what can be said of it by then. Pages are served
+    /// meanwhile, whatever this does and however long it takes.
+    fn running(&self, _report: &RestoreReport) {}
 }
 
 /// An observer that wants to know nothing.
@@ -133,6 +137,12 @@ impl<'a> Stopwatch<'a> {
         if let Some((name, since)) = self.current.take() {
             self.phases.0.push((name, since.elapsed()));
         }
+    }
+
+    /// The phases that are over, and the one that is not as far as it has come.
+    fn so_far(&self) -> Phases {
+        let current = self.current.map(|(name, since)| (name, since.elapsed()));
+        Phases(self.phases.0.iter().copied().chain(current).collect())
     }
 
     fn finish(mut self) -> (Phases, Duration) {

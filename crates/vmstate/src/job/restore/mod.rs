@@ -1,5 +1,6 @@
 //! Restore: an image becomes a guest again, in a QEMU that is started for it or one that waits.
 
+mod background;
 mod domain;
 mod feed;
 mod fill;
@@ -23,6 +24,7 @@ use mem::Peer;
 use serde_json::json;
 use wire::qemu::format::MAPPED_RAM;
 
+pub use self::background::{Answer, Server, start_server};
 pub use self::domain::{DomainRestoreReport, DomainRestoreSettings, restore_domain};
 use self::fill::Filling;
 pub use self::lazy::{FaultReport, TakeUpReport, TakeUpSettings, take_up};
@@ -223,6 +225,18 @@ pub fn restore(
     let mut let_go = false;
     // It has to listen before the guest can speak.
     let qemu = launched.as_ref().map(Launched::pid).or_else(|| session.client.listener_pid());
+    let told = Frame {
+        settings,
+        started: watch.started,
+        ready,
+        qemu,
+        qmp: match &settings.target {
+            Target::Waiting(address) => Some(address.to_string()),
+            Target::Launch { .. } => launched.as_ref().and_then(Launched::user_qmp),
+        },
+        is_direct: pair.direct.is_some(),
+    };
+    let tell = |loaded, phases| observer.running(&told.report(loaded, phases, None));
     let (listener, outcome) =
         match settings.ready.as_ref().map(|ready| Listener::start(ready, qemu)).transpose() {
             Ok(listener) => {
@@ -235,6 +249,7 @@ pub fn restore(
                     &mut session,
                     cancel,
                     &mut watch,
+                    &tell,
                     &mut let_go,
                 );
                 (listener, outcome)
@@ -265,46 +280,57 @@ pub fn restore(
     if let Err(worse) = session.settle() {
         observer.warn(&format!("QEMU's own settings were not all put back: {}", worse.chain()));
     }
-    let (user_qmp, foreground) = match launched {
-        Some(launched) => (launched.user_qmp(), launched.leave()),
-        None => (None, None),
-    };
+    let foreground = launched.and_then(Launched::leave);
     let ready_at = linger(settings, (&image, data_bytes), listener, &mut loaded, &mut watch, cancel)
         .map_err(|error| left_alone(error, qemu))?;
-    let Loaded { mode, mode_reason, via, reason, run_state, running_at, resident_at, faults, read_bytes } =
-        loaded;
-    // QEMU says that the guest runs when it does already: one that was heard before has run by then.
-    let running_at = ready_at.map_or(running_at, |at| at.min(running_at));
-    let started = watch.started;
     let (phases, _) = watch.finish();
-    let is_eager = mode == Mode::Eager;
-    let channels = settings.channels.unwrap_or_else(|| match via {
-        Via::Qemu => QEMU_CHANNELS,
-        _ => default_channels(),
-    });
-    Ok(RestoreReport {
-        mode,
-        mode_reason,
-        via,
-        reason,
-        qemu_pid: qemu,
-        qmp: match &settings.target {
-            Target::Waiting(address) => Some(address.to_string()),
-            Target::Launch { .. } => user_qmp,
-        },
-        direct_io: is_eager && pair.direct.is_some(),
-        channels: if is_eager { channels } else { 1 },
-        run_state,
-        first_instruction: running_at.duration_since(started),
-        first_instruction_from_ready: running_at.duration_since(ready),
-        guest_ready: ready_at.map(|at| at.duration_since(started)),
-        resident: resident_at.map(|at| at.duration_since(started)),
-        faults,
-        read_bytes,
-        phases,
-        foreground,
-    })
+    Ok(RestoreReport { foreground, ..told.report(loaded, phases, ready_at) })
 }
+
+/// What a report says whatever becomes of the load.
+struct Frame<'a> {
+    settings: &'a RestoreSettings,
+    started: Instant,
+    ready: Instant,
+    qemu: Option<u32>,
+    qmp: Option<String>,
+    is_direct: bool,
+}
+
+impl Frame<'_> {
+    fn report(&self, loaded: Loaded, phases: Phases, ready_at: Option<Instant>) -> RestoreReport {
+        let Loaded { mode, mode_reason, via, reason, run_state, running_at, .. } = loaded;
+        // QEMU says that the guest runs when it does already: one that was heard before has run by then.
+        let running_at = ready_at.map_or(running_at, |at| at.min(running_at));
+        let is_eager = mode == Mode::Eager;
+        let channels = self.settings.channels.unwrap_or_else(|| match via {
+            Via::Qemu => QEMU_CHANNELS,
+            _ => default_channels(),
+        });
+        RestoreReport {
+            mode,
+            mode_reason,
+            via,
+            reason,
+            qemu_pid: self.qemu,
+            qmp: self.qmp.clone(),
+            direct_io: is_eager && self.is_direct,
+            channels: if is_eager { channels } else { 1 },
+            run_state,
+            first_instruction: running_at.duration_since(self.started),
+            first_instruction_from_ready: running_at.duration_since(self.ready),
+            guest_ready: ready_at.map(|at| at.duration_since(self.started)),
+            resident: loaded.resident_at.map(|at| at.duration_since(self.started)),
+            faults: loaded.faults,
+            read_bytes: loaded.read_bytes,
+            phases,
+            foreground: None,
+        }
+    }
+}
+
+/// Tells of a guest that runs while its memory is on its way.
+type TellRunning<'a> = &'a dyn Fn(Loaded, Phases);
 
 /// The error of a restore whose guest may run all the same.
 fn left_alone(error: Error, qemu: Option<u32>) -> Error {
@@ -418,6 +444,7 @@ fn load(
     session: &mut Session,
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
+    tell: TellRunning<'_>,
     let_go: &mut bool,
 ) -> Result<Loaded> {
     let pid = launched.map(Launched::pid);
@@ -442,8 +469,10 @@ fn load(
             }
             let limit = settings.rate_max.map(Rate::limit);
             let limit = limit.as_deref();
-            return lazy::load(image, pair, prepared, session, run, limit, watch, cancel, let_go)
-                .map(|loaded| Loaded { mode_reason: plan.reason, ..loaded });
+            let reason = plan.reason;
+            let tell = |loaded, phases| tell(Loaded { mode_reason: reason.clone(), ..loaded }, phases);
+            return lazy::load(image, pair, prepared, session, run, limit, watch, cancel, &tell, let_go)
+                .map(|loaded| Loaded { mode_reason: reason.clone(), ..loaded });
         }
         (Settled::Mapped(shares), _) => Some(shares),
         _ => None,

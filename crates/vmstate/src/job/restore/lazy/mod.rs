@@ -31,7 +31,7 @@ use self::rendezvous::Rendezvous;
 use self::server::{Served, Server, Signs};
 use self::token::Token;
 use super::feed::{EXIT_ON_ERROR_SINCE, plain};
-use super::{Loaded, Mode, RUN_TIMEOUT, Via, load_failed};
+use super::{Loaded, Mode, RUN_TIMEOUT, TellRunning, Via, load_failed};
 use crate::job::{Observer, Stopwatch};
 use crate::qemu::{self, HostBlock, Session};
 use crate::qmp::CLOSED_HINT;
@@ -120,6 +120,7 @@ pub(super) fn load(
     limit: Option<&RateLimit>,
     watch: &mut Stopwatch<'_>,
     cancel: &Cancel,
+    tell: TellRunning<'_>,
     let_go: &mut bool,
 ) -> Result<Loaded> {
     let Prepared { fit, token, rendezvous } = prepared;
@@ -152,6 +153,9 @@ pub(super) fn load(
         if running.is_err() && !signs.may_run.load(Ordering::Acquire) {
             stop.cancel();
         }
+        if let Ok(Some(at)) = running {
+            tell(so_far(at, counters.bytes_written.load(Ordering::Relaxed)), watch.so_far());
+        }
         let served = served.join();
         (
             running,
@@ -180,16 +184,26 @@ pub(super) fn load(
     let running_at = running?.or(signs.loaded_at.get().copied()).unwrap_or(resident_at);
     watch.progress.complete();
     Ok(Loaded {
+        run_state: session.client.status()?.status,
+        resident_at: Some(resident_at),
+        faults: Some(faults),
+        ..so_far(running_at, read_bytes)
+    })
+}
+
+/// What there is to say of a guest that runs since then.
+fn so_far(running_at: Instant, read_bytes: u64) -> Loaded {
+    Loaded {
         mode: Mode::Lazy,
         mode_reason: None,
         read_bytes,
         via: Via::Socket,
         reason: None,
-        run_state: session.client.status()?.status,
+        run_state: "running".to_owned(),
         running_at,
-        resident_at: Some(resident_at),
-        faults: Some(faults),
-    })
+        resident_at: None,
+        faults: None,
+    }
 }
 
 /// Switches on what a lazy restore needs; a place to meet in where pages that are asked for can have a connection of

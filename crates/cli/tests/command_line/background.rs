@@ -1,0 +1,197 @@
+//! `vmstate restore --background`: the caller has its answer, and a process of its own gives the guest its memory.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+
+use lab::{Guest, GuestSettings, Incoming, MachineKind, QemuSpec, Serial};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, getsid, kill_process, pidfd_open};
+use vmstate::Cancel;
+use vmstate::net::QmpAddress;
+use vmstate::qmp::Client;
+
+use crate::{DEADLINE, Said, images, run, small, vmstate};
+
+fn spec() -> QemuSpec {
+    let settings = GuestSettings { pages_low_max: 40_000, fill_rounds: 1, ..GuestSettings::default() };
+    QemuSpec {
+        guest: Some(Guest::new(settings)),
+        second_qmp: true,
+        ..QemuSpec::new(MachineKind::Q35, 256 << 20)
+    }
+}
+
+/// Saves a guest that has filled its memory, and says which round it had finished.
+fn save(image: &Path) -> u32 {
+    let mut source = spec().start().unwrap();
+    source.wait_for_round(2, DEADLINE).unwrap();
+    let said = run(&format!("save --qmp {} {}", source.qmp_path().display(), image.display()));
+    assert_eq!(said.code, Some(0), "{said:?}");
+    source.serial.latest_round().unwrap()
+}
+
+fn pid_of(report: &serde_json::Value, key: &str) -> Pid {
+    Pid::from_raw(i32::try_from(report[key].as_u64().unwrap()).unwrap()).unwrap()
+}
+
+/// A process that can be waited for although it is no child; `None` where it has ended.
+fn held(pid: Pid) -> Option<OwnedFd> {
+    pidfd_open(pid, PidfdFlags::empty()).ok()
+}
+
+fn wait_for_the_end(process: &OwnedFd) {
+    let limit = Timespec { tv_sec: DEADLINE.as_secs() as i64, tv_nsec: 0 };
+    assert_eq!(poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit)).unwrap(), 1, "it goes on");
+}
+
+#[test]
+fn the_caller_is_let_go_while_pages_come_and_a_killed_server_can_be_taken_up_again() {
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    let round = save(&image);
+    let mut target = QemuSpec { incoming: Incoming::Defer, ..spec() }.start().unwrap();
+    let (qmp, log) = (target.qmp_path(), dir.path().join("server.log"));
+    // At this rate it takes hours. That this returns says that nobody holds the pipes that our own is read by.
+    let said = run(&format!(
+        "restore --mode lazy --background={} --json --max-bandwidth 64K --qmp {} {}",
+        log.display(),
+        qmp.display(),
+        image.display()
+    ));
+    assert_eq!((said.code, said.stderr.as_str()), (Some(0), ""), "{said:?}");
+    let report: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+    assert_eq!((report["mode"].as_str(), report["run_state"].as_str()), (Some("lazy"), Some("running")));
+    assert!(report["resident_ms"].is_null() && report["faults"].is_null(), "{report}");
+    let server = pid_of(&report, "server_pid");
+    let process = held(server).unwrap();
+    assert_eq!(getsid(Some(server)).unwrap(), server, "a session of its own");
+    let streams = [0, 1, 2]
+        .map(|number| std::fs::read_link(format!("/proc/{}/fd/{number}", server.as_raw_nonzero())).unwrap());
+    assert_eq!(streams, [PathBuf::from("/dev/null"), log.clone(), log.clone()]);
+    target.wait_for_round(round + 1, DEADLINE).unwrap();
+    assert_eq!(crate::other(&target).migration().unwrap().status, "postcopy-active");
+
+    kill_process(server, Signal::KILL).unwrap();
+    wait_for_the_end(&process);
+    let said = run(&format!("restore --json --resume {} --qmp {}", image.display(), qmp.display()));
+    assert_eq!((said.code, said.stderr.as_str()), (Some(0), ""), "{said:?}");
+    // The guest verifies every page in each round, and halts at the first that is not right.
+    target.wait_for_round(round + 3, DEADLINE).unwrap();
+}
+
+#[test]
+fn the_server_ends_when_the_memory_is_there_and_the_guest_goes_on() {
+    let dir = images();
+    let (image, home) = (dir.path().join("vm.img"), tempfile::tempdir().unwrap());
+    let round = save(&image);
+    let (spec, qmp) = (spec(), home.path().join("qmp.sock"));
+    let said: Said = vmstate()
+        .args(["restore", "--mode", "lazy", "--background", "--json", "--max-bandwidth", "100M"])
+        .arg(&image)
+        .arg("--")
+        .arg(&spec.program)
+        .args(spec.machine_args(home.path()).unwrap())
+        .args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())])
+        .output()
+        .unwrap()
+        .into();
+    assert_eq!((said.code, said.stderr.as_str()), (Some(0), ""), "{said:?}");
+    let report: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+    assert!(report["resident_ms"].is_null(), "{report}");
+    // It may have ended by now.
+    if let Some(server) = held(pid_of(&report, "server_pid")) {
+        wait_for_the_end(&server);
+    }
+    let mut client = Client::connect(&QmpAddress::Unix(qmp), &Cancel::new().unwrap()).unwrap();
+    client.timeout = Some(DEADLINE);
+    assert_eq!(client.migration().unwrap().status, "completed");
+    let left_on = client.capabilities().unwrap();
+    assert!(left_on.iter().all(|c| !c.state || c.name == "events"), "{left_on:?}");
+    let qemu = held(pid_of(&report, "qemu_pid")).unwrap();
+    let serial = QemuSpec::serial_path(home.path());
+    let mut serial = Serial::open(&serial, &serial).unwrap();
+    serial.wait_for_round(round + 2, None, DEADLINE).unwrap();
+    client.execute("quit", serde_json::json!({})).unwrap();
+    wait_for_the_end(&qemu);
+}
+
+#[test]
+fn what_fails_before_the_guest_runs_is_told_as_without_a_server() {
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    let source = crate::booted();
+    let said = run(&format!("save --qmp {} {}", source.qmp_path().display(), image.display()));
+    assert_eq!(said.code, Some(0), "{said:?}");
+    drop(source);
+    let home = tempfile::tempdir().unwrap();
+    let larger = QemuSpec { ram_bytes: 128 << 20, ..small() };
+    let answer = |words: &[&str], image: &Path| -> Said {
+        vmstate()
+            .args(["restore", "--mode", "lazy"])
+            .args(words)
+            .arg(image)
+            .arg("--")
+            .arg(&larger.program)
+            .args(larger.machine_args(home.path()).unwrap())
+            .output()
+            .unwrap()
+            .into()
+    };
+    for (image, code, words) in [
+        (image, 2, "error: target has 0x8000000 bytes for `pc.ram`, image has 0x4000000"),
+        (dir.path().join("none.img"), 2, "No such file or directory"),
+    ] {
+        for json in [&["--json"][..], &[]] {
+            let plain = answer(json, &image);
+            let words_found = plain.stderr.contains(words) && plain.code == Some(code);
+            assert!(words_found, "{plain:?}");
+            assert_eq!(answer(&[json, &["--background"]].concat(), &image), plain);
+        }
+    }
+    let log = answer(&["--background=/no/such/log"], &dir.path().join("none.img"));
+    assert!(log.stderr.starts_with("error: cannot open /no/such/log"), "{log:?}");
+}
+
+/// A restore in the background whose QEMU says nothing, and that process.
+fn silent(dir: &Path) -> (Child, OwnedFd) {
+    let (image, program, fifo) = (dir.join("vm.img"), dir.join("silent"), dir.join("started"));
+    if !image.exists() {
+        let source = crate::booted();
+        let said = run(&format!("save --qmp {} {}", source.qmp_path().display(), image.display()));
+        assert_eq!(said.code, Some(0), "{said:?}");
+        let script = format!("#!/bin/sh\necho $$ > {}\nexec sleep 1000\n", fifo.display());
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    }
+    let child = vmstate()
+        .args(["restore", "--mode", "lazy", "--background"])
+        .arg(&image)
+        .arg("--")
+        .arg(&program)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pid: i32 = std::fs::read_to_string(&fifo).unwrap().trim().parse().unwrap();
+    (child, held(Pid::from_raw(pid).unwrap()).unwrap())
+}
+
+#[test]
+fn a_signal_before_the_guest_runs_ends_the_restore_and_so_does_the_end_of_the_caller() {
+    let dir = images();
+    let (child, qemu) = silent(dir.path());
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let said: Said = child.wait_with_output().unwrap().into();
+    let expected = Said { code: Some(130), stdout: String::new(), stderr: "error: interrupted\n".to_owned() };
+    assert_eq!(said, expected);
+    wait_for_the_end(&qemu);
+
+    let (mut child, qemu) = silent(dir.path());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // Sooner than the five seconds that a monitor has to greet; without a caller nobody is told which it was.
+    wait_for_the_end(&qemu);
+}
