@@ -154,14 +154,16 @@ fn what_fails_before_the_guest_runs_is_told_as_without_a_server() {
     assert!(log.stderr.starts_with("error: cannot open /no/such/log"), "{log:?}");
 }
 
-/// A restore in the background whose QEMU says nothing, and that process.
+/// A restore in the background whose QEMU greets and then says nothing more, for which there is no limit of time; and
+/// that process.
 fn silent(dir: &Path) -> (Child, OwnedFd) {
     let (image, program, fifo) = (dir.join("vm.img"), dir.join("silent"), dir.join("started"));
     if !image.exists() {
         let source = crate::booted();
         let said = run(&format!("save --qmp {} {}", source.qmp_path().display(), image.display()));
         assert_eq!(said.code, Some(0), "{said:?}");
-        let script = format!("#!/bin/sh\necho $$ > {}\nexec sleep 1000\n", fifo.display());
+        let greet = r#"[[ "$*" =~ vmstate-qmp,fd=([0-9]+) ]] && echo '{"QMP": {"version": {}}}' >&${BASH_REMATCH[1]}"#;
+        let script = format!("#!/bin/bash\n{greet}\necho $$ > {}\nexec sleep 1000\n", fifo.display());
         std::fs::write(&program, script).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
         assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
@@ -192,6 +194,5 @@ fn a_signal_before_the_guest_runs_ends_the_restore_and_so_does_the_end_of_the_ca
     let (mut child, qemu) = silent(dir.path());
     child.kill().unwrap();
     child.wait().unwrap();
-    // Sooner than the five seconds that a monitor has to greet; without a caller nobody is told which it was.
     wait_for_the_end(&qemu);
 }

@@ -25,7 +25,12 @@ const DEADLINE: Duration = Duration::from_secs(600);
 /// What the images take on their disk beside the guest's memory, in MiB.
 const MARGIN_MIB: u64 = 256;
 /// What an idle guest takes of the time there is, in MiB of a dirty one.
-const IDLE_WEIGHT_MIB: u64 = 256;
+const IDLE_WEIGHT_MIB: u64 = 512;
+/// How far the first instructions of guests of all sizes may be apart, and how long after QEMU is ready they may be.
+const APART_MS_MAX: f64 = 20.0;
+const FROM_READY_MS_MAX: f64 = 50.0;
+/// How much of its ceiling a fill is to reach while the guest's processors stand still.
+const FILL_AT_LEAST: f64 = 0.8;
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -325,8 +330,14 @@ fn fill_note(name: &str, contender: Contender, ours: &[Sample], ceiling: &[Sampl
     let ratios: Vec<f64> =
         ours.iter().zip(ceiling).filter_map(|(ours, ceiling)| Some(ceiling.fill? / ours.fill?)).collect();
     let ratio = interval(&ratios).filter(|ratio| ratio.median.is_finite())?;
+    let budget = match contender {
+        Contender::LazyStopped => {
+            format!("; at least {} is to be: {}", factor(FILL_AT_LEAST), verdict(ratio.high >= FILL_AT_LEAST))
+        }
+        _ => String::new(),
+    };
     Some(format!(
-        "{}, {name}: filled at {} of the lazy ceiling ({} – {}, {} rounds)",
+        "{}, {name}: filled at {} of the lazy ceiling ({} – {}, {} rounds){budget}",
         contender.name(),
         factor(ratio.median),
         factor(ratio.low),
@@ -335,21 +346,33 @@ fn fill_note(name: &str, contender: Contender, ours: &[Sample], ceiling: &[Sampl
     ))
 }
 
-/// What the size of an idle guest does to its first instruction.
+fn verdict(is_kept: bool) -> &'static str {
+    if is_kept { "kept" } else { "**missed**" }
+}
+
+/// What a guest's size, and what it has in its memory, do to its first instruction.
 fn flatness(rows: &[ModeRow]) -> Vec<String> {
     let of = |mode: &str| {
-        let times = rows.iter().filter(|row| !row.is_dirty && row.mode == mode);
-        let times: Vec<_> = times.filter_map(|row| Some((row.memory_mib, row.from_ready_ms?))).collect();
-        let least = times.iter().copied().reduce(|a, b| if b.1 < a.1 { b } else { a })?;
-        let most = times.iter().copied().reduce(|a, b| if b.1 > a.1 { b } else { a })?;
+        let times = rows.iter().filter(|row| row.mode == mode);
+        let times: Vec<_> = times.filter_map(|row| Some((row, row.from_ready_ms?))).collect();
+        let (smallest, least) = times.iter().copied().reduce(|a, b| if b.1 < a.1 { b } else { a })?;
+        let (largest, most) = times.iter().copied().reduce(|a, b| if b.1 > a.1 { b } else { a })?;
         (times.len() > 1).then(|| {
             format!(
-                "{mode}: first instruction from QEMU ready between {:.1} ms ({} MiB) and {:.1} ms ({} MiB)",
-                least.1, least.0, most.1, most.0
+                "{mode}: first instruction from QEMU ready between {least:.1} ms ({}) and {most:.1} ms ({}); at most \
+                 {APART_MS_MAX:.0} ms apart: {}; at most {FROM_READY_MS_MAX:.0} ms: {}",
+                guest_name(smallest),
+                guest_name(largest),
+                verdict(most - least <= APART_MS_MAX),
+                verdict(most <= FROM_READY_MS_MAX),
             )
         })
     };
     ["map", "lazy"].into_iter().filter_map(of).collect()
+}
+
+fn guest_name(row: &ModeRow) -> String {
+    format!("{} MiB {}", row.memory_mib, if row.is_dirty { "dirty" } else { "idle" })
 }
 
 /// The report as a table, and what is to be said of it.
@@ -357,7 +380,7 @@ pub fn render_modes(report: &ModesReport, style: Style) -> String {
     let time = |ms: Option<f64>, digits: usize| ms.map_or("–".to_owned(), |ms| format!("{ms:.digits$}"));
     let cells = report.rows.iter().map(|row| {
         vec![
-            format!("{} MiB {}", row.memory_mib, if row.is_dirty { "dirty" } else { "idle" }),
+            guest_name(row),
             row.mode.to_owned(),
             time(row.first_instruction_ms, 1),
             time(row.from_ready_ms, 1),
@@ -427,7 +450,8 @@ mod tests {
         assert_eq!(
             fill_note("dirty guest of 64 MiB", Contender::LazyStopped, &ours, &ceiling).as_deref(),
             Some(
-                "lazy, stopped, dirty guest of 64 MiB: filled at 0.80 of the lazy ceiling (0.50 – 0.90, 3 rounds)"
+                "lazy, stopped, dirty guest of 64 MiB: filled at 0.80 of the lazy ceiling (0.50 – 0.90, 3 rounds); \
+                 at least 0.80 is to be: kept"
             )
         );
         assert_eq!(fill_note("", Contender::Lazy, &[Sample::default()], &ceiling), None);
@@ -449,9 +473,11 @@ mod tests {
             .into_iter()
             .map(|(mib, ms)| row(mib, false, Contender::Map, &[sample(ms)]))
             .collect();
-        let expected =
-            "map: first instruction from QEMU ready between 4.0 ms (1024 MiB) and 6.5 ms (8192 MiB)";
+        let expected = "map: first instruction from QEMU ready between 4.0 ms (1024 MiB idle) and 6.5 ms \
+                        (8192 MiB idle); at most 20 ms apart: kept; at most 50 ms: kept";
         assert_eq!(flatness(&rows), [expected]);
+        let late = [&rows[..], &[row(8192, true, Contender::Map, &[sample(51.0)])]].concat();
+        assert!(flatness(&late)[0].ends_with("apart: **missed**; at most 50 ms: **missed**"), "{late:?}");
         assert_eq!(flatness(&rows[..1]), Vec::<String>::new(), "one size says nothing");
         let report = ModesReport { rows, notes: vec![expected.to_owned()], took_s: 1.0 };
         let text = render_modes(&report, Style::Markdown);
