@@ -183,6 +183,7 @@ fn answers_have_the_keys_and_exit_codes_that_are_promised() {
             "reason",
             "resident_ms",
             "run_state",
+            "server_pid",
             "via",
         ]
     );
