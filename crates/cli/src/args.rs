@@ -554,6 +554,10 @@ pub struct Bench {
     #[arg(long, value_name = "DIR")]
     pub directory: Option<PathBuf>,
 
+    /// With --convert: where the images in mapped-ram go, on another disk, so that one is read while the other is written
+    #[arg(long, value_name = "DIR", requires = "convert")]
+    pub second_directory: Option<PathBuf>,
+
     /// How many rounds a ratio is measured in [default: 9, fewer where that takes ten minutes]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=999))]
     pub rounds: Option<u16>,

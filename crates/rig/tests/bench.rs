@@ -251,23 +251,32 @@ fn the_growth_has_a_row_for_every_size_and_share_and_cancelled_guests_run_again(
 
 #[test]
 fn every_conversion_has_its_row_and_its_ceilings() {
-    let directory = directory();
-    let settings = ConversionsSettings {
-        memory_mib: 128,
-        rounds: 1,
-        time_limit: None,
-        directory: directory.path().to_owned(),
-    };
-    let cancel = Cancel::new().expect("an eventfd");
-    let rows = conversions(&settings, &cancel, &Silent).unwrap_or_else(|error| panic!("{}", error.chain()));
-    assert_eq!(std::fs::read_dir(directory.path()).expect("the directory").count(), 0, "images were left");
-    let found: Vec<_> = rows.iter().map(|row| (row.from, row.to)).collect();
-    let others = ["stream", "libvirt-raw", "libvirt-sparse"];
-    assert_eq!(found, others.map(|other| [("mapped-ram", other), (other, "mapped-ram")]).concat());
-    for row in &rows {
-        assert!((120 * MIB..136 * MIB).contains(&row.data_bytes), "{row:?}");
-        assert!(row.time_ms > 0.0 && row.read_ms > 0.0 && row.write_ms > 0.0, "{row:?}");
-        assert_eq!(row.verdict, Verdict::TooFewRounds);
+    let (directory, second) = (directory(), directory());
+    for second in [None, Some(second.path())] {
+        let settings = ConversionsSettings {
+            memory_mib: 128,
+            rounds: 1,
+            time_limit: None,
+            directory: directory.path().to_owned(),
+            second_directory: second.map(Into::into),
+        };
+        let cancel = Cancel::new().expect("an eventfd");
+        let rows =
+            conversions(&settings, &cancel, &Silent).unwrap_or_else(|error| panic!("{}", error.chain()));
+        for left in [Some(directory.path()), second].into_iter().flatten() {
+            assert_eq!(std::fs::read_dir(left).expect("the directory").count(), 0, "images were left");
+        }
+        let found: Vec<_> = rows.iter().map(|row| (row.from, row.to)).collect();
+        let others = ["stream", "libvirt-raw", "libvirt-sparse"];
+        assert_eq!(found, others.map(|other| [("mapped-ram", other), (other, "mapped-ram")]).concat());
+        for row in &rows {
+            assert!((120 * MIB..136 * MIB).contains(&row.data_bytes), "{row:?}");
+            assert!(
+                [row.time_ms, row.read_ms, row.write_ms, row.both_ms].iter().all(|ms| *ms > 0.0),
+                "{row:?}"
+            );
+            assert_eq!(row.verdict, Verdict::TooFewRounds);
+        }
+        assert_eq!(render_conversions(&rows, Style::Text).lines().count(), 1 + rows.len());
     }
-    assert_eq!(render_conversions(&rows, Style::Text).lines().count(), 1 + rows.len());
 }

@@ -92,6 +92,7 @@ pub fn run(args: &Bench) -> vmstate::Result<Outcome> {
             rounds: rounds.into(),
             time_limit: args.rounds.is_none().then_some(CONVERSIONS_TIME_LIMIT),
             directory,
+            second_directory: args.second_directory.clone(),
         };
         let rows = lab::bench::conversions(&settings, &cancel, &Teller)?;
         return tell(args, &rows, || render_conversions(&rows, style));

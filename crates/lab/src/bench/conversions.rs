@@ -23,7 +23,8 @@ use crate::demo::Narrator;
 const BUDGET: Budget = Budget { at_least: 0.9, from_mib: 0 };
 /// What mapped-ram is converted into, and back.
 const OTHERS: [&str; 3] = ["stream", "libvirt-raw", "libvirt-sparse"];
-/// As many files as large as the guest lie on the disk at once.
+/// As many files as large as the guest lie on the disk at once: two in mapped-ram, one in the other format, and one that
+/// is written for nobody.
 const FILES: u64 = 4;
 const MARGIN_MIB: u64 = 512;
 /// libvirt keeps what it finds here and nobody starts it.
@@ -40,6 +41,8 @@ pub struct ConversionsSettings {
     pub time_limit: Option<Duration>,
     /// Where the images go.
     pub directory: PathBuf,
+    /// Where those in mapped-ram go, if that is elsewhere: each conversion then reads from one and writes to the other.
+    pub second_directory: Option<PathBuf>,
 }
 
 /// One conversion.
@@ -88,24 +91,27 @@ pub fn conversions(
     check_room(settings)?;
     let started = Instant::now();
     let directory = images(&settings.directory)?;
+    let second = images(settings.second_directory.as_ref().unwrap_or(&settings.directory))?;
     let path = |name: &str| directory.path().join(name);
+    let mapped_path = |name: &str| second.path().join(name);
     narrator.tell(&format!("the image of a dirty guest of {memory_mib} MiB"));
-    let whole = path("mapped-ram.img");
+    let whole = mapped_path("mapped-ram.img");
     save(memory_mib, &whole, cancel)?;
     let mut rows = Vec::new();
     let pairs = OTHERS.len() * 2;
     for name in OTHERS {
-        let other = path("other.img");
-        for (from, to, target) in [(&whole, name, &other), (&other, "mapped-ram", &path("back.img"))] {
+        let (other, back) = (path("other.img"), mapped_path("back.img"));
+        for (from, to, target) in [(&whole, name, &other), (&other, "mapped-ram", &back)] {
             narrator.tell(&format!("into {to}, from {}", if to == name { "mapped-ram" } else { name }));
             let left = settings.time_limit.map(|limit| limit.saturating_sub(started.elapsed()));
             let share = left.map(|left| left / u32::try_from(pairs - rows.len()).unwrap_or(1));
-            let pair = Pair { from, to: format_of(to)?, target, ceiling: &path("ceiling.img") };
+            let ceiling = target.with_file_name("ceiling.img");
+            let pair = Pair { from, to: format_of(to)?, target, ceiling: &ceiling };
             let samples = pair.measure(settings.rounds, share, cancel)?;
             let from = if to == name { "mapped-ram" } else { name };
             rows.extend(row(memory_mib, from, to, &samples));
         }
-        remove(&path("back.img"))?;
+        remove(&back)?;
         remove(&other)?;
     }
     Ok(rows)
@@ -113,16 +119,24 @@ pub fn conversions(
 
 fn check_room(settings: &ConversionsSettings) -> Result<()> {
     let memory_mib = settings.memory_mib;
-    let (disk, wanted) = (Room::found(&settings.directory)?.disk_mib, FILES * memory_mib + MARGIN_MIB);
     let (memory, needed) = (available_bytes() >> 20, memory_mib + MARGIN_MIB);
-    if disk >= wanted && memory >= needed {
-        return Ok(());
+    let parts = match &settings.second_directory {
+        None => vec![(&settings.directory, FILES)],
+        Some(second) => vec![(&settings.directory, FILES / 2), (second, FILES - 1)],
+    };
+    for (directory, files) in parts {
+        let (disk, wanted) = (Room::found(directory)?.disk_mib, files * memory_mib + MARGIN_MIB);
+        if disk < wanted || memory < needed {
+            let clause = format!(
+                "a guest of {memory_mib} MiB takes {wanted} MiB of disk and {needed} of memory; {} has {disk}, this \
+                 machine {memory}",
+                directory.display()
+            );
+            return Err(Error::new(vmstate::Kind::Misuse, clause)
+                .hint("give another --directory, or a smaller --memory"));
+        }
     }
-    let clause = format!(
-        "a guest of {memory_mib} MiB takes {wanted} MiB of disk and {needed} of memory; {} has {disk}, this machine {memory}",
-        settings.directory.display()
-    );
-    Err(Error::new(vmstate::Kind::Misuse, clause).hint("give another --directory, or a smaller --memory"))
+    Ok(())
 }
 
 fn format_of(name: &str) -> Result<Format> {
