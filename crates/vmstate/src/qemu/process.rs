@@ -1,6 +1,7 @@
 //! Which process is the QEMU at the other end of a monitor: proven, not believed.
 
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use mem::{Peer, PeerError};
 use rustix::fs::{MemfdFlags, Stat};
@@ -10,6 +11,11 @@ use crate::{Error, Kind, Result};
 
 /// The name under which QEMU holds the proof for a moment.
 pub(super) const PROOF: &str = "vmstate-proof";
+
+/// How long a process may take from its fork to its program.
+const FORK_MAX: Duration = Duration::from_secs(1);
+/// How often it is looked at meanwhile.
+const FORK_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Finds QEMU's process.
 ///
@@ -51,7 +57,11 @@ pub(super) fn search(session: &Session, pid: Option<u32>, proof: &Stat) -> Resul
     }
     let holders = mem::find_holders(dev, ino)
         .map_err(|error| Error::io("the processes of this machine cannot be listed", error))?;
-    match holders.pids.as_slice() {
+    let holds = |pid| match Peer::open(pid).and_then(|peer| peer.holds(dev, ino)) {
+        Ok(holds) => holds,
+        Err(error) => matches!(error, PeerError::Denied { .. }),
+    };
+    match without_forks(holders.pids, holds, FORK_MAX).as_slice() {
         [pid] => Peer::open(*pid).map_err(unreachable),
         [] => Err(Error::new(Kind::Unsupported, "QEMU's process is not visible from here")
             .hint("run vmstate on QEMU's own host, in its process namespace, as root or QEMU's user")),
@@ -63,6 +73,19 @@ pub(super) fn search(session: &Session, pid: Option<u32>, proof: &Stat) -> Resul
     }
 }
 
+/// Of several holders those that keep what they hold.
+///
+/// A process that was forked has what its parent has until its program begins: a child of ours, where another thread
+/// starts one, or of libvirtd's.
+fn without_forks(mut pids: Vec<u32>, holds: impl Fn(u32) -> bool, within: Duration) -> Vec<u32> {
+    let begun = Instant::now();
+    while pids.len() > 1 && begun.elapsed() < within {
+        std::thread::sleep(FORK_INTERVAL);
+        pids.retain(|pid| holds(*pid));
+    }
+    pids
+}
+
 fn unreachable(error: PeerError) -> Error {
     let hint = match &error {
         PeerError::Denied { hint, .. } => Some(hint.clone()),
@@ -72,5 +95,25 @@ fn unreachable(error: PeerError) -> Error {
     match hint {
         Some(hint) => error.hint(hint),
         None => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[test]
+    fn who_holds_the_proof_only_until_its_program_begins_is_not_qemu() {
+        let looks = Cell::new(0);
+        let holds = |pid| {
+            looks.set(looks.get() + u32::from(pid == 2));
+            pid == 1 || looks.get() < 3
+        };
+        assert_eq!(without_forks(vec![1, 2], holds, Duration::from_secs(60)), [1]);
+        assert_eq!(looks.get(), 3);
+        // One that is alone need not be looked at again, and two that do not change stay two.
+        assert_eq!(without_forks(vec![3], |_| unreachable!(), Duration::from_secs(60)), [3]);
+        assert_eq!(without_forks(vec![1, 2], |_| true, Duration::ZERO), [1, 2]);
     }
 }
