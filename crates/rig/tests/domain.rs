@@ -282,7 +282,7 @@ fn a_full_disk_leaves_the_domain_running_and_the_disk_as_it_was() {
         assert_eq!(free(), before, "{via:?}: QEMU still holds what was deleted");
         domain.wait_for_rounds(1);
     }
-    assert!(Command::new("umount").arg(&place).status().unwrap().success());
+    assert!(Command::new("umount").arg("-l").arg(&place).status().unwrap().success());
 }
 
 #[test]

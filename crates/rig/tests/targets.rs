@@ -451,7 +451,8 @@ impl Tmpfs {
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
-        run("umount", &[self.0.path().to_str().unwrap()]);
+        // Lazily: what other threads start has our descriptors until its program begins, and keeps the mount busy.
+        run("umount", &["-l", self.0.path().to_str().unwrap()]);
     }
 }
 

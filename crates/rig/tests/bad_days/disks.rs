@@ -51,7 +51,8 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        run("umount", &[self.path().to_str().unwrap()]);
+        // Lazily: what other threads start has our descriptors until its program begins, and keeps the mount busy.
+        run("umount", &["-l", self.path().to_str().unwrap()]);
     }
 }
 
