@@ -5,7 +5,9 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
+use lab::{Guest, GuestSettings};
 use vmstate::libvirt::{DomainName, PayloadFormat};
 use vmstate::net::QmpAddress;
 use vmstate::source::Format;
@@ -163,4 +165,42 @@ fn convert(from: &Path, to: &Path, format: PayloadFormat, from_dir: &Path, to_di
     };
     vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved)
         .unwrap_or_else(|error| panic!("{}: {}", from.display(), error.chain()));
+}
+
+#[test]
+fn both_ways_of_saving_on_an_old_host_bring_the_domain_back_and_say_how_long_they_took() {
+    let Some(root) = old() else { return };
+    let libvirtd = Libvirtd::start_within(KEEPER, &root);
+    for (name, guest) in [("idle", GuestSettings::idle(2048)), ("dirty", GuestSettings::default())] {
+        let memory = "<source type='memfd'/><access mode='shared'/>";
+        for (kind, backing) in [("private", ""), ("memfd", memory)] {
+            let name = format!("{name}-{kind}");
+            let mut spec = DomainSpec { machine: MACHINE.to_owned(), ..DomainSpec::new(&name, 1024 * MIB) };
+            (spec.memory_backing, spec.guest) = (backing.to_owned(), Guest::new(guest));
+            let mut domain = spec.start(&libvirtd);
+            domain.wait_for_rounds(1);
+            let image = domain.dir().join("image");
+            let mut took = [Vec::new(), Vec::new()];
+            // In turn, forwards and backwards.
+            for way in [0, 1, 1, 0] {
+                let begun = Instant::now();
+                if way == 0 {
+                    libvirtd.virsh(&[&"save", &name, &image]);
+                } else {
+                    let settings = SaveSettings { then: Then::Quit, ..defaults() };
+                    save(&libvirtd, &domain, &image, settings);
+                }
+                took[way].push(begun.elapsed().as_millis());
+                assert_eq!(domain.state(), "shut off", "{name}");
+                libvirtd.virsh(&[&"restore", &image]);
+                domain.wait_for_rounds(1);
+                std::fs::remove_file(&image).unwrap();
+            }
+            let [theirs, ours] = &took;
+            let line = format!(
+                "libvirt 9.0, {name} guest of 1 GiB: virsh save {theirs:?} ms, vmstate {ours:?} ms\n"
+            );
+            std::io::stderr().write_all(line.as_bytes()).unwrap();
+        }
+    }
 }

@@ -48,6 +48,17 @@ pub trait Sink {
 /// Bytes that follow each other into a file, a pipe, or whatever compresses them first. Errors of ours may be put
 /// into those of the system, see [`std::io::Error::other`].
 pub trait ByteSink: Write + Send {
+    /// Writes the bytes, or the first of them: what is left in `bytes` goes before what follows. Whoever has much to
+    /// write and does not mind what is left saves a copy by it.
+    ///
+    /// # Errors
+    /// As [`Write::write_all`].
+    fn write_from(&mut self, bytes: &mut Vec<u8>) -> std::io::Result<()> {
+        self.write_all(bytes)?;
+        bytes.clear();
+        Ok(())
+    }
+
     /// Writes what waits. Nothing is written any more.
     ///
     /// # Errors
@@ -134,14 +145,25 @@ impl LaneBytes {
     }
 
     fn deal(&mut self) -> Result<()> {
-        let Some(lanes) = &self.lanes else { return Ok(()) };
-        if self.gathered.is_empty() {
-            return Ok(());
-        }
-        let mut next = self.staging.buffer();
-        next.clear();
+        let mut next = self.buffer();
         next.reserve(PIECE);
         let bytes = std::mem::replace(&mut self.gathered, next);
+        self.deal_bytes(bytes)
+    }
+
+    /// An empty buffer that may have been used before.
+    fn buffer(&self) -> Vec<u8> {
+        let mut buffer = self.staging.buffer();
+        buffer.clear();
+        buffer
+    }
+
+    /// Gives the lanes a piece, which ends where the next one is to begin.
+    fn deal_bytes(&mut self, bytes: Vec<u8>) -> Result<()> {
+        let Some(lanes) = &self.lanes else { return Ok(()) };
+        if bytes.is_empty() {
+            return Ok(());
+        }
         let len = bytes.len() as u32;
         let mask = page::Mask::range(0, len.div_ceil(GRAIN) as usize).0;
         let target = self.at;
@@ -149,12 +171,17 @@ impl LaneBytes {
         let region = self.staging.hand(bytes);
         Ok(lanes.deal(Piece { region, offset: 0, target, grain: GRAIN, len, mask })?)
     }
+
+    /// How many bytes there are from here to the end of a piece: pieces end at multiples of their length, so that every
+    /// one but the first and last is aligned.
+    fn room(&self) -> usize {
+        PIECE - self.at as usize % PIECE
+    }
 }
 
 impl Write for LaneBytes {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        // Pieces end at multiples of their length, so that every one but the first and last is aligned.
-        let room = PIECE - (self.at as usize % PIECE) - self.gathered.len();
+        let room = self.room() - self.gathered.len();
         let (now, _) = bytes.split_at(bytes.len().min(room));
         self.gathered.extend_from_slice(now);
         if now.len() == room {
@@ -169,6 +196,23 @@ impl Write for LaneBytes {
 }
 
 impl ByteSink for LaneBytes {
+    fn write_from(&mut self, bytes: &mut Vec<u8>) -> std::io::Result<()> {
+        if !self.gathered.is_empty() {
+            self.gathered.extend_from_slice(bytes);
+            std::mem::swap(&mut self.gathered, bytes);
+            self.gathered.clear();
+        }
+        while bytes.len() >= self.room() {
+            let room = self.room();
+            let mut rest = self.buffer();
+            rest.reserve(bytes.capacity());
+            rest.extend_from_slice(&bytes[room..]);
+            bytes.truncate(room);
+            self.deal_bytes(std::mem::replace(bytes, rest)).map_err(std::io::Error::other)?;
+        }
+        Ok(())
+    }
+
     fn finish(&mut self) -> Result<()> {
         let dealt = self.deal();
         // A lane that failed is the reason why dealing failed, so its error is the one to tell.
@@ -176,5 +220,46 @@ impl ByteSink for LaneBytes {
             lanes.finish()?;
         }
         dealt
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use io::{Cancel, DraftOptions};
+
+    #[test]
+    fn bytes_follow_each_other_however_they_are_handed_over() {
+        let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = directory.path().join("bytes");
+        let cancel = Cancel::new().unwrap();
+        let mut target = Target::open(&path, None, DraftOptions::default(), &cancel).unwrap();
+        let means = Means {
+            channels: 2,
+            counters: Arc::default(),
+            sync: false,
+            domain: None,
+            cancel: cancel.clone(),
+        };
+        let mut out = LaneBytes::start(&target, &means).unwrap();
+        let (mut expected, mut held) = (Vec::new(), Vec::new());
+        // Less than a piece, more than one, exactly one, several; with something gathered and without.
+        let lens = [77, PIECE + 5, PIECE, 3 * PIECE + 1, 1, PIECE - 1, 2 * PIECE];
+        for (i, len) in lens.into_iter().cycle().take(21).enumerate() {
+            let bytes: Vec<u8> = (0..len).map(|at| (at / 253 + at + i) as u8 | 1).collect();
+            expected.extend_from_slice(&bytes);
+            held.extend_from_slice(&bytes);
+            if i % 3 == 0 {
+                out.write_all(&held).unwrap();
+                held.clear();
+            } else {
+                out.write_from(&mut held).unwrap();
+                assert!(held.len() < PIECE, "{i}: {} bytes were left", held.len());
+            }
+        }
+        out.write_all(&held).unwrap();
+        out.finish().unwrap();
+        target.publish().unwrap();
+        assert!(std::fs::read(&path).unwrap() == expected);
     }
 }

@@ -40,7 +40,11 @@ impl StreamSink {
     }
 
     fn write_if_much(&mut self) -> Result<()> {
-        if self.buffer.len() >= WRITE_LEN { self.write() } else { Ok(()) }
+        if self.buffer.len() >= WRITE_LEN {
+            self.out.write_from(&mut self.buffer).map_err(write_failed)
+        } else {
+            Ok(())
+        }
     }
 
     fn write(&mut self) -> Result<()> {
