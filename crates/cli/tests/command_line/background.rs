@@ -5,31 +5,19 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
-use lab::{Guest, GuestSettings, Incoming, MachineKind, QemuSpec, Serial};
+use lab::{Incoming, QemuSpec, Serial};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, getsid, kill_process, pidfd_open};
 use vmstate::Cancel;
 use vmstate::net::QmpAddress;
 use vmstate::qmp::Client;
 
+use crate::lazy::{self, spec};
 use crate::{DEADLINE, Said, images, run, small, vmstate};
-
-fn spec() -> QemuSpec {
-    let settings = GuestSettings { pages_low_max: 40_000, fill_rounds: 1, ..GuestSettings::default() };
-    QemuSpec {
-        guest: Some(Guest::new(settings)),
-        second_qmp: true,
-        ..QemuSpec::new(MachineKind::Q35, 256 << 20)
-    }
-}
 
 /// Saves a guest that has filled its memory, and says which round it had finished.
 fn save(image: &Path) -> u32 {
-    let mut source = spec().start().unwrap();
-    source.wait_for_round(2, DEADLINE).unwrap();
-    let said = run(&format!("save --qmp {} {}", source.qmp_path().display(), image.display()));
-    assert_eq!(said.code, Some(0), "{said:?}");
-    source.serial.latest_round().unwrap()
+    lazy::save(&mut spec().start().unwrap(), image)
 }
 
 fn pid_of(report: &serde_json::Value, key: &str) -> Pid {

@@ -6,7 +6,8 @@ use lab::{Guest, GuestSettings, Incoming, MachineKind, Qemu, QemuSpec};
 
 use crate::{DEADLINE, Said, images, run, vmstate};
 
-fn spec() -> QemuSpec {
+/// A guest that takes a while to be given its memory, with a monitor for us and one for vmstate.
+pub fn spec() -> QemuSpec {
     let settings = GuestSettings { pages_low_max: 40_000, fill_rounds: 1, ..GuestSettings::default() };
     QemuSpec {
         guest: Some(Guest::new(settings)),
@@ -16,7 +17,7 @@ fn spec() -> QemuSpec {
 }
 
 /// Saves the guest while it runs, and says which round it had finished.
-fn save(source: &mut Qemu, image: &std::path::Path) -> u32 {
+pub fn save(source: &mut Qemu, image: &std::path::Path) -> u32 {
     source.wait_for_round(2, DEADLINE).unwrap();
     let said = run(&format!("save --qmp {} {}", source.qmp_path().display(), image.display()));
     assert_eq!(said.code, Some(0), "{said:?}");
