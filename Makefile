@@ -13,7 +13,7 @@ help: ## Show this list
 
 demo: setup ## Save and restore a guest in real QEMUs, and show what it took
 	@cargo build --quiet --release --package vmstate-cli
-	@target/release/vmstate demo
+	@"$${CARGO_TARGET_DIR:-target}/release/vmstate" demo
 
 test: setup check ## Everything that CI runs
 	@cargo xtask test
@@ -32,7 +32,7 @@ check: ## Format, lints, documentation and the checks of the tree
 
 bench: setup ## Compare QEMU's own ways with ours in one run
 	@cargo build --quiet --release --package vmstate-cli
-	@target/release/vmstate bench
+	@"$${CARGO_TARGET_DIR:-target}/release/vmstate" bench
 
 golden: setup ## Make the golden images anew, with real QEMUs
 	@cargo xtask golden --regenerate

@@ -190,7 +190,7 @@ fn a_save_that_was_cut_short_is_refused() {
     );
     check(
         |image| image.file.truncate(image.tail - 1),
-        "mapped-ram header of block `b` at 0x11000a: pages offset 0x200000 lies outside the file",
+        "mapped-ram header of block `b` at 0x11000a: pages offset 0x200000: its 0x10000 bytes go beyond the end of the file at 0x20ffff",
     );
     check(
         |image| {

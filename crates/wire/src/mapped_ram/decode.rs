@@ -347,9 +347,16 @@ impl LayoutDecoder {
         } else {
             let within = |what: &str, start: u64, len: u64| {
                 let range = FileRange::of_len(start, len).filter(|range| range.end <= self.file_len);
-                range
-                    .filter(|range| range.start >= self.state.stream_start)
-                    .ok_or_else(|| fault(format!("{what} offset {start:#x} lies outside the file")))
+                range.filter(|range| range.start >= self.state.stream_start).ok_or_else(|| {
+                    // Where it begins may be right and the file be cut.
+                    fault(match (self.state.stream_start..self.file_len).contains(&start) {
+                        true => format!(
+                            "{what} offset {start:#x}: its {len:#x} bytes go beyond the end of the file at {:#x}",
+                            self.file_len
+                        ),
+                        false => format!("{what} offset {start:#x} lies outside the file"),
+                    })
+                })
             };
             if header.pages_offset % page_size.bytes() != 0 {
                 let problem = format!("pages offset {:#x} is not aligned to pages", header.pages_offset);
