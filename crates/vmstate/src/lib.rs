@@ -20,6 +20,7 @@ pub mod job;
 pub mod libvirt;
 pub mod manifest;
 pub mod net;
+mod ordered;
 pub mod qemu;
 pub mod qmp;
 mod rate;

@@ -13,7 +13,6 @@ pub mod fuzz;
 mod gzip;
 mod lzo1x;
 mod lzop;
-mod ordered;
 mod read;
 mod write;
 mod xz;

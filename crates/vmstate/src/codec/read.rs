@@ -6,8 +6,8 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use super::ordered::Ordered;
 use super::{Codec, PIECE_LEN_MAX, default_threads};
+use crate::ordered::Ordered;
 
 /// How much of a file is looked at to tell how its first piece ends.
 const WINDOW: usize = PIECE_LEN_MAX + (64 << 10);
@@ -69,7 +69,7 @@ impl Decompressor {
         let first: Arc<[u8]> = first.into();
         let shared = first.clone();
         let pieces = codec.pieces();
-        let pool = Ordered::start(threads.max(1), move |piece: Piece| Done {
+        let pool = Ordered::start("vmstate-codec", threads.max(1), move |piece: Piece| Done {
             at: piece.at,
             outcome: pieces.decompress(&piece.bytes, &shared),
         })?;

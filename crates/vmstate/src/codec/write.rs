@@ -2,8 +2,8 @@
 
 use std::io::{self, Write};
 
-use super::ordered::Ordered;
 use super::{Codec, default_threads};
+use crate::ordered::Ordered;
 
 /// Compresses what is written into it, by several threads, and writes it on in order.
 ///
@@ -32,7 +32,8 @@ impl<W: Write> Compressor<W> {
     /// As there.
     pub fn with_threads(codec: Codec, mut out: W, threads: usize) -> io::Result<Compressor<W>> {
         let pieces = codec.pieces();
-        let pool = Ordered::start(threads.max(1), move |chunk: Vec<u8>| pieces.compress(&chunk))?;
+        let pool =
+            Ordered::start("vmstate-codec", threads.max(1), move |chunk: Vec<u8>| pieces.compress(&chunk))?;
         out.write_all(&pieces.head())?;
         Ok(Compressor { out, codec, chunk: Vec::with_capacity(pieces.chunk_len()), pool, has_pieces: false })
     }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use io::{Cancel, Counters, LaneSettings, Outflow, PIECE_GRAINS, Piece, Staging, Target, WriteLanes};
+use io::{Cancel, Counters, LaneSettings, Outflow, PIECE_GRAINS, Part, Piece, Staging, Target, WriteLanes};
 
 use super::Domain;
 use crate::source::{GuestShape, Pages, Tail};
@@ -48,15 +48,15 @@ pub trait Sink {
 /// Bytes that follow each other into a file, a pipe, or whatever compresses them first. Errors of ours may be put
 /// into those of the system, see [`std::io::Error::other`].
 pub trait ByteSink: Write + Send {
-    /// Writes the bytes, or the first of them: what is left in `bytes` goes before what follows. Whoever has much to
-    /// write and does not mind what is left saves a copy by it.
+    /// Writes a buffer that the caller gives away, and gives back an empty one: whoever has much to write saves a copy
+    /// by it.
     ///
     /// # Errors
     /// As [`Write::write_all`].
-    fn write_from(&mut self, bytes: &mut Vec<u8>) -> std::io::Result<()> {
-        self.write_all(bytes)?;
+    fn write_owned(&mut self, mut bytes: Vec<u8>) -> std::io::Result<Vec<u8>> {
+        self.write_all(&bytes)?;
         bytes.clear();
-        Ok(())
+        Ok(bytes)
     }
 
     /// Writes what waits. Nothing is written any more.
@@ -123,7 +123,11 @@ struct LaneBytes {
     /// `None` once it is finished.
     lanes: Option<WriteLanes>,
     staging: Arc<Staging>,
-    gathered: Vec<u8>,
+    /// What the next piece consists of so far, `gathered_len` bytes of it in parts and the rest as it was written.
+    gathered: Vec<Part>,
+    gathered_len: usize,
+    written: Vec<u8>,
+    /// Where in the file the next piece begins.
     at: u64,
 }
 
@@ -141,14 +145,20 @@ impl LaneBytes {
             counters,
             means.cancel.clone(),
         )?;
-        Ok(LaneBytes { lanes: Some(lanes), staging, gathered: Vec::with_capacity(PIECE), at: target.start() })
+        Ok(LaneBytes {
+            lanes: Some(lanes),
+            staging,
+            gathered: Vec::new(),
+            gathered_len: 0,
+            written: Vec::new(),
+            at: target.start(),
+        })
     }
 
-    fn deal(&mut self) -> Result<()> {
-        let mut next = self.buffer();
-        next.reserve(PIECE);
-        let bytes = std::mem::replace(&mut self.gathered, next);
-        self.deal_bytes(bytes)
+    /// How many bytes the next piece still lacks. Pieces end at multiples of their length, so that every one but the
+    /// first and last is aligned.
+    fn room(&self) -> usize {
+        PIECE - self.at as usize % PIECE - self.gathered_len - self.written.len()
     }
 
     /// An empty buffer that may have been used before.
@@ -158,32 +168,39 @@ impl LaneBytes {
         buffer
     }
 
-    /// Gives the lanes a piece, which ends where the next one is to begin.
-    fn deal_bytes(&mut self, bytes: Vec<u8>) -> Result<()> {
+    /// Makes a part of what was written piecemeal.
+    fn close_written(&mut self) {
+        if !self.written.is_empty() {
+            self.gathered_len += self.written.len();
+            self.gathered.push(Part::whole(std::mem::take(&mut self.written)));
+        }
+    }
+
+    /// Gives the lanes what is gathered.
+    fn deal(&mut self) -> Result<()> {
+        self.close_written();
         let Some(lanes) = &self.lanes else { return Ok(()) };
-        if bytes.is_empty() {
+        if self.gathered.is_empty() {
             return Ok(());
         }
-        let len = bytes.len() as u32;
+        let len = std::mem::take(&mut self.gathered_len) as u32;
         let mask = page::Mask::range(0, len.div_ceil(GRAIN) as usize).0;
         let target = self.at;
         self.at += u64::from(len);
-        let region = self.staging.hand(bytes);
+        let region = self.staging.hand_parts(std::mem::take(&mut self.gathered));
         Ok(lanes.deal(Piece { region, offset: 0, target, grain: GRAIN, len, mask })?)
-    }
-
-    /// How many bytes there are from here to the end of a piece: pieces end at multiples of their length, so that every
-    /// one but the first and last is aligned.
-    fn room(&self) -> usize {
-        PIECE - self.at as usize % PIECE
     }
 }
 
 impl Write for LaneBytes {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let room = self.room() - self.gathered.len();
+        let room = self.room();
         let (now, _) = bytes.split_at(bytes.len().min(room));
-        self.gathered.extend_from_slice(now);
+        if self.written.is_empty() {
+            self.written = self.buffer();
+            self.written.reserve(PIECE);
+        }
+        self.written.extend_from_slice(now);
         if now.len() == room {
             self.deal().map_err(std::io::Error::other)?;
         }
@@ -196,21 +213,18 @@ impl Write for LaneBytes {
 }
 
 impl ByteSink for LaneBytes {
-    fn write_from(&mut self, bytes: &mut Vec<u8>) -> std::io::Result<()> {
-        if !self.gathered.is_empty() {
-            self.gathered.extend_from_slice(bytes);
-            std::mem::swap(&mut self.gathered, bytes);
-            self.gathered.clear();
+    fn write_owned(&mut self, bytes: Vec<u8>) -> std::io::Result<Vec<u8>> {
+        self.close_written();
+        let mut rest = Part::whole(bytes);
+        while !rest.is_empty() {
+            let part = rest.split_to(self.room());
+            self.gathered_len += part.len();
+            self.gathered.push(part);
+            if self.room() == 0 {
+                self.deal().map_err(std::io::Error::other)?;
+            }
         }
-        while bytes.len() >= self.room() {
-            let room = self.room();
-            let mut rest = self.buffer();
-            rest.reserve(bytes.capacity());
-            rest.extend_from_slice(&bytes[room..]);
-            bytes.truncate(room);
-            self.deal_bytes(std::mem::replace(bytes, rest)).map_err(std::io::Error::other)?;
-        }
-        Ok(())
+        Ok(self.buffer())
     }
 
     fn finish(&mut self) -> Result<()> {
@@ -242,22 +256,18 @@ mod tests {
             cancel: cancel.clone(),
         };
         let mut out = LaneBytes::start(&target, &means).unwrap();
-        let (mut expected, mut held) = (Vec::new(), Vec::new());
+        let mut expected = Vec::new();
         // Less than a piece, more than one, exactly one, several; with something gathered and without.
-        let lens = [77, PIECE + 5, PIECE, 3 * PIECE + 1, 1, PIECE - 1, 2 * PIECE];
-        for (i, len) in lens.into_iter().cycle().take(21).enumerate() {
+        let lens = [77, PIECE + 5, PIECE, 0, 3 * PIECE + 1, 1, PIECE - 1, 2 * PIECE];
+        for (i, len) in lens.into_iter().cycle().take(29).enumerate() {
             let bytes: Vec<u8> = (0..len).map(|at| (at / 253 + at + i) as u8 | 1).collect();
             expected.extend_from_slice(&bytes);
-            held.extend_from_slice(&bytes);
             if i % 3 == 0 {
-                out.write_all(&held).unwrap();
-                held.clear();
+                out.write_all(&bytes).unwrap();
             } else {
-                out.write_from(&mut held).unwrap();
-                assert!(held.len() < PIECE, "{i}: {} bytes were left", held.len());
+                assert!(out.write_owned(bytes).unwrap().is_empty());
             }
         }
-        out.write_all(&held).unwrap();
         out.finish().unwrap();
         target.publish().unwrap();
         assert!(std::fs::read(&path).unwrap() == expected);

@@ -1,7 +1,7 @@
 //! An image of libvirt made of any source: a head, and behind it a stream, one that is compressed, or a mapped-ram
 //! image whose offsets count from the head.
 
-use io::{Outflow, Target};
+use io::Target;
 use wire::libvirt::{Head, PayloadFormat};
 use wire::qemu::global_state;
 
@@ -124,33 +124,17 @@ impl Sink for LibvirtSink<'_> {
     }
 }
 
-/// A way into the target that compresses as `format` has it, for whoever writes a stream; what stands in front of that
-/// is left to others.
+/// A way into the target that compresses where `format` has it so, for whoever writes a stream; what stands in front of
+/// that is left to others.
 ///
 /// # Errors
 /// As [`require_codec`]; when no descriptor or no thread is left.
-pub(crate) fn compressed_outflow(format: PayloadFormat, target: &Target, means: &Means) -> Result<Outflow> {
-    let through = compressed(format, byte_sink(target, means)?)?;
-    Ok(Outflow::through(Box::new(Handed(through)), target.path(), &means.cancel))
-}
-
-/// Bytes that an outflow hands over.
-struct Handed(Box<dyn ByteSink>);
-
-impl std::io::Write for Handed {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.write(bytes)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.0.flush()
-    }
-}
-
-impl io::Through for Handed {
-    fn finish(&mut self) -> std::io::Result<()> {
-        self.0.finish().map_err(std::io::Error::other)
-    }
+pub(crate) fn payload_sink(
+    format: PayloadFormat,
+    target: &Target,
+    means: &Means,
+) -> Result<Box<dyn ByteSink>> {
+    compressed(format, byte_sink(target, means)?)
 }
 
 /// Refuses a format that this build cannot compress.
@@ -229,4 +213,56 @@ use compressing::compressed;
 #[cfg(not(feature = "codecs"))]
 fn compressed(format: PayloadFormat, out: Box<dyn ByteSink>) -> Result<Box<dyn ByteSink>> {
     require_codec(format).map(|()| out)
+}
+
+#[cfg(all(test, feature = "codecs"))]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// Takes so many bytes, and then there is no room.
+    struct Filling(usize);
+
+    impl Write for Filling {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            match self.0.min(bytes.len()) {
+                0 => Err(std::io::ErrorKind::StorageFull.into()),
+                len => {
+                    self.0 -= len;
+                    Ok(len)
+                }
+            }
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl ByteSink for Filling {
+        fn finish(&mut self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_fails_behind_a_compressor_is_told_as_what_it_is() {
+        // Pieces that compress badly, so that the disk is full while there is more to come.
+        let bytes: Vec<u8> =
+            (0..64u64 << 20).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as u8).collect();
+        let enough = 2 * bytes.len();
+        for format in [PayloadFormat::Gzip, PayloadFormat::Zstd, PayloadFormat::Lzop] {
+            let write = |room: usize| {
+                let mut out = compressed(format, Box::new(Filling(room)))?;
+                out.write_all(&bytes).map_err(write_failed)?;
+                out.finish()
+            };
+            for room in [0, 1 << 10, 1 << 20] {
+                let error = write(room).expect_err("it is full");
+                assert!(error.chain().contains("no storage space"), "{format} {room}: {}", error.chain());
+            }
+            write(enough).expect("there is room");
+        }
+    }
 }

@@ -8,13 +8,15 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use io::{Counters, Outflow, OutflowError, PageContent};
+use io::{OutflowError, PIECE_GRAINS, PageContent, PageTaker, Piece, RateLimit};
 use mem::GuestRam;
 use page::{PageCount, PageIndex, PageSet, PageSize};
 use wire::mapped_ram::{Sections, encode_tail};
 use wire::qemu::{Item, Preamble, RamSetup, RecordEncoder};
 
 use super::devices::{DeviceState, LiftedDevices, not_understood};
+use super::flow::{ByteSink, Means, write_failed};
+use super::records::{Makers, PagesSent, Records};
 use crate::job::untold_pages;
 use crate::manifest::Manifest;
 use crate::qemu::Probe;
@@ -30,15 +32,6 @@ pub struct StreamComposition {
     setup: RamSetup,
     section_id: u32,
     tail: Vec<u8>,
-}
-
-/// How many bytes of pages a stream has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PagesSent {
-    /// As data.
-    pub data_bytes: u64,
-    /// As zero, of pages that were there.
-    pub zero_bytes: u64,
 }
 
 impl StreamComposition {
@@ -88,42 +81,57 @@ impl StreamComposition {
     pub fn write_ram(
         &self,
         ram: &Arc<GuestRam>,
-        out: &mut Outflow,
-        counters: &Counters,
+        out: &mut dyn ByteSink,
+        means: &Means,
+        limit: Option<&RateLimit>,
     ) -> Result<PagesSent> {
-        out.write(&self.head).map_err(stopped)?;
-        let mut records = RecordEncoder::new(&self.setup);
+        out.write_all(&self.head).map_err(write_failed)?;
         let mut sent = PagesSent::default();
+        let mut makers = page_makers(ram, &self.setup, usize::from(means.channels))?;
+        let mut write = |job: Job, made: std::io::Result<Records>| {
+            let records = made.map_err(|error| match job.pages {
+                Pages::Present(Piece { region, offset, .. }) => {
+                    Error::from(io::LaneError::Supply { region, offset, source: Arc::new(error) })
+                }
+                Pages::Absent(..) => Error::io("cannot make the records of pages that are absent", error),
+            })?;
+            if let Some(limit) = limit {
+                limit.wait(records.bytes.len() as u64, &means.cancel);
+            }
+            if means.cancel.is_cancelled() {
+                return Err(Error::interrupted());
+            }
+            let emptied = out.write_owned(records.bytes).map_err(write_failed)?;
+            // What waits for the limit has not moved yet.
+            let PagesSent { data_bytes, zero_bytes } = records.sent;
+            means.counters.bytes_written.fetch_add(data_bytes, Ordering::Relaxed);
+            means.counters.bytes_zero.fetch_add(zero_bytes, Ordering::Relaxed);
+            sent.data_bytes += data_bytes;
+            sent.zero_bytes += zero_bytes;
+            Ok(emptied)
+        };
         for (region, block) in self.setup.blocks.iter().enumerate() {
             let untold = |error| untold_pages(&block.name, error);
-            let page = ram.block(region).page_size;
-            let count = PageCount(block.used_length / page);
+            let count = PageCount(block.used_length / ram.block(region).page_size);
             let mut present = (block.used_length <= ZEROED_LEN_MAX).then(|| PageSet::new(count));
+            let mut last = None;
             for window in ram.windows(region).map_err(untold)? {
                 let window = window.map_err(untold)?;
                 if let Some(present) = &mut present {
                     present.insert_window(&window);
                 }
-                let pages = out
-                    .write_pages(&**ram, &ram.piece(region, &window, 0), |content, offset, buffer| {
-                        match content {
-                            PageContent::Data => records.page_head(region, offset, buffer),
-                            PageContent::Zero => records.zero(region, offset, buffer),
-                        }
-                    })
-                    .map_err(stopped)?;
-                counters.bytes_written.fetch_add(pages.data_bytes, Ordering::Relaxed);
-                counters.bytes_zero.fetch_add(pages.zero_bytes, Ordering::Relaxed);
-                sent.data_bytes += pages.data_bytes;
-                sent.zero_bytes += pages.zero_bytes;
+                let piece = ram.piece(region, &window, 0);
+                if piece.mask != [0; 4] {
+                    let job = Job { region, pages: Pages::Present(piece), behind: last.replace(region) };
+                    makers.push(job, &mut write)?;
+                }
             }
             if let Some(present) = present {
-                let mut bytes = Vec::new();
-                let absent = (0..count.0).filter(|index| !present.contains(PageIndex(*index)));
-                absent.for_each(|index| records.zero(region, index * page, &mut bytes));
-                out.write(&bytes).map_err(stopped)?;
+                makers
+                    .push(Job { region, pages: Pages::Absent(present, count.0), behind: last }, &mut write)?;
             }
         }
+        makers.finish(&mut write)?;
         Ok(sent)
     }
 
@@ -132,10 +140,49 @@ impl StreamComposition {
     ///
     /// # Errors
     /// As [`StreamComposition::write_ram`].
-    pub fn write_tail(&self, out: &mut Outflow) -> Result<()> {
-        out.write(&self.tail).map_err(stopped)?;
-        out.flush().map_err(stopped)
+    pub fn write_tail(&self, out: &mut dyn ByteSink) -> Result<()> {
+        out.write_all(&self.tail).map_err(write_failed)
     }
+}
+
+/// Pages whose records follow each other.
+struct Job {
+    region: usize,
+    pages: Pages,
+    /// The block of the record before.
+    behind: Option<usize>,
+}
+
+enum Pages {
+    /// The marked ones.
+    Present(Piece),
+    /// All but these, as zero, of so many.
+    Absent(PageSet, u64),
+}
+
+fn page_makers(ram: &Arc<GuestRam>, setup: &RamSetup, threads: usize) -> Result<Makers<Job, PageTaker>> {
+    let encoder = RecordEncoder::new(setup);
+    let page_len = (0..ram.regions()).map(|region| ram.block(region).page_size).max().unwrap_or(0);
+    let ram = ram.clone();
+    let make = move |job: &Job, taker: &mut PageTaker, out: &mut Vec<u8>| {
+        let mut records = encoder.behind(job.behind);
+        match &job.pages {
+            Pages::Present(piece) => {
+                let taken = taker.take(&*ram, piece, out, |content, offset, out| match content {
+                    PageContent::Data => records.page_head(job.region, offset, out),
+                    PageContent::Zero => records.zero(job.region, offset, out),
+                })?;
+                Ok(PagesSent { data_bytes: taken.data_bytes, zero_bytes: taken.zero_bytes })
+            }
+            Pages::Absent(present, count) => {
+                let page = ram.block(job.region).page_size;
+                let absent = (0..*count).filter(|index| !present.contains(PageIndex(*index)));
+                absent.for_each(|index| records.zero(job.region, index * page, out));
+                Ok(PagesSent::default())
+            }
+        }
+    };
+    Makers::start(threads, page_len * u64::from(PIECE_GRAINS), make)
 }
 
 pub(super) fn stopped(error: OutflowError) -> Error {

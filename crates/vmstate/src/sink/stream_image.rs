@@ -1,26 +1,24 @@
 //! A stream made of any source: what every QEMU loads.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use io::{AlignedBuffer, ReadAhead};
+use io::AlignedBuffer;
 use page::{Mask, PageIndex, WINDOW_PAGES};
 use wire::mapped_ram::encode_ram_end;
 use wire::qemu::{Item, Preamble, RamSetup, RecordEncoder};
 
 use super::flow::{ByteSink, Means, Sink, write_failed};
+use super::records::{Makers, PagesSent, Records};
 use super::stream::ZEROED_LEN_MAX;
 use crate::source::{FlowingPage, GuestShape, KnownWindow, Pages, PlacedPages, Tail};
 use crate::{Error, Result};
 
 /// How many bytes of records come together before they are written.
 const WRITE_LEN: usize = 1 << 20;
-/// How many threads read: each waits for one request at a time.
-const READERS: usize = 4;
-/// How many windows are read ahead.
-const WINDOWS_AHEAD: u64 = 8;
-/// The most bytes of pages that are ahead: pages may be larger than those of x86.
-const BYTES_AHEAD: u64 = 32 << 20;
+/// How many threads read pages and make their records: each waits for one request at a time.
+const MAKERS: usize = 4;
 /// What a record has beside its page, and a stream beside its records, generously.
 const RECORD_LEN: u64 = 9;
 const HEAD_LEN: u64 = 64 << 10;
@@ -40,16 +38,12 @@ impl StreamSink {
     }
 
     fn write_if_much(&mut self) -> Result<()> {
-        if self.buffer.len() >= WRITE_LEN {
-            self.out.write_from(&mut self.buffer).map_err(write_failed)
-        } else {
-            Ok(())
-        }
+        if self.buffer.len() >= WRITE_LEN { self.write() } else { Ok(()) }
     }
 
     fn write(&mut self) -> Result<()> {
-        self.out.write_all(&self.buffer).map_err(write_failed)?;
-        self.buffer.clear();
+        let bytes = std::mem::take(&mut self.buffer);
+        self.buffer = self.out.write_owned(bytes).map_err(write_failed)?;
         Ok(())
     }
 
@@ -61,72 +55,114 @@ impl StreamSink {
         offset: u64,
         data: Option<&[u8]>,
     ) -> Result<()> {
-        match data.filter(|data| !is_zero(data)) {
-            Some(data) => {
-                records.page_head(block, offset, &mut self.buffer);
-                self.buffer.extend_from_slice(data);
-            }
-            None => records.zero(block, offset, &mut self.buffer),
-        }
+        append(records, block, offset, data, &mut self.buffer);
         self.write_if_much()
     }
 
     fn placed(&mut self, shape: &GuestShape, pages: Arc<dyn PlacedPages>) -> Result<()> {
-        let mut records = RecordEncoder::new(&setup(shape));
+        self.write()?;
         let page = shape.page_size.bytes();
-        let mut reader = WindowReader::start(pages.clone(), page)?;
+        let mut makers = window_makers(shape, pages.clone())?;
+        let (out, means) = (&mut self.out, &self.means);
+        let mut write = |job: Job, made: std::io::Result<Records>| {
+            let records = made.map_err(|error| {
+                let PageIndex(first) = job.window.first;
+                Error::io(format!("cannot read the pages from {first:#x} on"), error)
+            })?;
+            means.counters.bytes_written.fetch_add(records.sent.data_bytes, Ordering::Relaxed);
+            means.counters.bytes_zero.fetch_add(records.sent.zero_bytes, Ordering::Relaxed);
+            out.write_owned(records.bytes).map_err(write_failed)
+        };
         for (block, entry) in shape.blocks.iter().enumerate() {
             let count = entry.used_length / page;
             // Blocks up to this length have their absent pages sent as zero: a target's firmware may have filled
             // them.
-            let zeroed = entry.used_length <= ZEROED_LEN_MAX;
+            let is_zeroed = entry.used_length <= ZEROED_LEN_MAX;
+            let mut last = None;
             let mut next = 0;
-            let mut write = |sink: &mut Self, window: KnownWindow, bytes: &[u8]| -> Result<()> {
-                if zeroed {
-                    sink.zeroes(&mut records, block, page, next..window.first.0)?;
-                }
-                let in_window = (count - window.first.0).min(WINDOW_PAGES);
-                for i in 0..in_window as usize {
-                    let offset = (window.first.0 + i as u64) * page;
-                    let at = i * page as usize;
-                    if window.data.contains(i) {
-                        sink.page(&mut records, block, offset, bytes.get(at..at + page as usize))?;
-                    } else if zeroed || window.zero.contains(i) {
-                        sink.page(&mut records, block, offset, None)?;
-                    }
-                }
-                next = window.first.0 + in_window;
-                let counted = |mask: Mask| u64::from(mask.count()) * page;
-                sink.means.counters.bytes_written.fetch_add(counted(window.data), Ordering::Relaxed);
-                sink.means.counters.bytes_zero.fetch_add(counted(window.zero), Ordering::Relaxed);
-                Ok(())
-            };
-            pages.windows(block, &mut |window| {
-                if self.means.cancel.is_cancelled() {
+            let mut push = |window: KnownWindow, end: u64| {
+                if means.cancel.is_cancelled() {
                     return Err(Error::interrupted());
                 }
-                while reader.is_full() {
-                    reader.take(&mut |window, bytes| write(self, window, bytes))?;
+                let absent = if is_zeroed { next..window.first.0 } else { 0..0 };
+                next = end;
+                if absent.is_empty() && window.data.is_empty() && window.zero.is_empty() && !is_zeroed {
+                    // It would have no record, and the next one would take itself for another's follower.
+                    return Ok(());
                 }
-                reader.push(block, window);
-                Ok(())
+                let is_whole = is_zeroed && window.first.0 < end;
+                let pages = (end - window.first.0) as usize;
+                let job = Job { block, window, pages, is_whole, absent, behind: last.replace(block) };
+                makers.push(job, &mut write)
+            };
+            pages.windows(block, &mut |window| {
+                let end = count.min(window.first.0 + WINDOW_PAGES);
+                push(window, end)
             })?;
-            while reader.take(&mut |window, bytes| write(self, window, bytes))? {}
-            if zeroed {
-                self.zeroes(&mut records, block, page, next..count)?;
+            if is_zeroed && count > 0 {
+                // What is absent at the end.
+                let first = PageIndex(count);
+                push(KnownWindow { first, data: Mask::EMPTY, zero: Mask::EMPTY }, count)?;
             }
         }
-        Ok(())
+        makers.finish(&mut write)
     }
+}
 
-    fn zeroes(
-        &mut self,
-        records: &mut RecordEncoder,
-        block: usize,
-        page: u64,
-        pages: std::ops::Range<u64>,
-    ) -> Result<()> {
-        pages.into_iter().try_for_each(|index| self.page(records, block, index * page, None))
+/// A window of pages, and what stands before it.
+struct Job {
+    block: usize,
+    window: KnownWindow,
+    /// How many pages the window has.
+    pages: usize,
+    /// Whether those that are absent are sent as zero, too.
+    is_whole: bool,
+    /// Pages before the window that are sent as zero.
+    absent: Range<u64>,
+    /// The block of the record before.
+    behind: Option<usize>,
+}
+
+fn window_makers(
+    shape: &GuestShape,
+    pages: Arc<dyn PlacedPages>,
+) -> Result<Makers<Job, Option<AlignedBuffer>>> {
+    let page = shape.page_size.bytes();
+    let window_len = WINDOW_PAGES * page;
+    let encoder = RecordEncoder::new(&setup(shape));
+    let make = move |job: &Job, scratch: &mut Option<AlignedBuffer>, out: &mut Vec<u8>| {
+        let buffer = scratch.get_or_insert_with(|| AlignedBuffer::new(window_len as usize));
+        let at = |index: usize| index * page as usize;
+        let Job { block, window: KnownWindow { first, data, zero }, .. } = *job;
+        for (start, end) in data.runs() {
+            pages.read_at(block, (first.0 + start as u64) * page, &mut buffer[at(start)..at(end)])?;
+        }
+        let mut records = encoder.behind(job.behind);
+        for index in job.absent.clone() {
+            append(&mut records, block, index * page, None, out);
+        }
+        for i in 0..job.pages {
+            let offset = (first.0 + i as u64) * page;
+            if data.contains(i) {
+                append(&mut records, block, offset, Some(&buffer[at(i)..at(i + 1)]), out);
+            } else if job.is_whole || zero.contains(i) {
+                append(&mut records, block, offset, None, out);
+            }
+        }
+        let counted = |mask: Mask| u64::from(mask.count()) * page;
+        Ok(PagesSent { data_bytes: counted(data), zero_bytes: counted(zero) })
+    };
+    Makers::start(MAKERS, window_len, make)
+}
+
+/// Appends the record of a page: its bytes, or, where they are zero, that.
+fn append(records: &mut RecordEncoder, block: usize, offset: u64, data: Option<&[u8]>, out: &mut Vec<u8>) {
+    match data.filter(|data| !is_zero(data)) {
+        Some(data) => {
+            records.page_head(block, offset, out);
+            out.extend_from_slice(data);
+        }
+        None => records.zero(block, offset, out),
     }
 }
 
@@ -178,52 +214,5 @@ impl Sink for StreamSink {
         self.write()?;
         self.out.write_all(&tail.bytes).map_err(write_failed)?;
         self.out.finish()
-    }
-}
-
-/// Reads windows of placed pages ahead and gives them back in order.
-struct WindowReader {
-    ahead: ReadAhead<(usize, KnownWindow)>,
-    spare: Vec<AlignedBuffer>,
-    window_len: usize,
-    windows_max: u64,
-}
-
-impl WindowReader {
-    fn start(pages: Arc<dyn PlacedPages>, page: u64) -> Result<WindowReader> {
-        let fill = move |(block, window): &(usize, KnownWindow), buffer: &mut AlignedBuffer| {
-            window.data.runs().try_for_each(|(start, end)| {
-                let at = |index: usize| index * page as usize;
-                let offset = (window.first.0 + start as u64) * page;
-                pages.read_at(*block, offset, &mut buffer[at(start)..at(end)])
-            })
-        };
-        let ahead = ReadAhead::start(READERS, fill)
-            .map_err(|error| Error::io("a thread that reads cannot be started", error))?;
-        let window_len = (WINDOW_PAGES * page) as usize;
-        let windows_max = (BYTES_AHEAD / window_len as u64).clamp(1, WINDOWS_AHEAD);
-        Ok(WindowReader { ahead, spare: Vec::new(), window_len, windows_max })
-    }
-
-    fn is_full(&self) -> bool {
-        self.ahead.pending() >= self.windows_max
-    }
-
-    fn push(&mut self, block: usize, window: KnownWindow) {
-        let buffer = self.spare.pop().unwrap_or_else(|| AlignedBuffer::new(self.window_len));
-        self.ahead.push((block, window), buffer);
-    }
-
-    /// Waits for the oldest window and hands it to `on_window`; whether there was one.
-    fn take(&mut self, on_window: &mut dyn FnMut(KnownWindow, &[u8]) -> Result<()>) -> Result<bool> {
-        let Some(filled) = self.ahead.take() else { return Ok(false) };
-        let (_, window) = filled.job;
-        filled.result.map_err(|error| {
-            let PageIndex(first) = window.first;
-            Error::io(format!("cannot read the pages from {first:#x} on"), error)
-        })?;
-        on_window(window, &filled.buffer)?;
-        self.spare.push(filled.buffer);
-        Ok(true)
     }
 }

@@ -1,5 +1,7 @@
 //! Writing the records of RAM's PART and END sections.
 
+use std::sync::Arc;
+
 use crate::cursor::Encoder;
 
 use super::format::*;
@@ -11,14 +13,21 @@ use super::{BlockEntry, RamSetup};
 /// channel for its whole life.
 #[derive(Clone, Debug)]
 pub struct RecordEncoder {
-    blocks: Vec<BlockEntry>,
+    blocks: Arc<[BlockEntry]>,
     last: Option<usize>,
 }
 
 impl RecordEncoder {
     /// An encoder for the blocks of `setup`.
     pub fn new(setup: &RamSetup) -> RecordEncoder {
-        RecordEncoder { blocks: setup.blocks.clone(), last: None }
+        RecordEncoder { blocks: setup.blocks.clone().into(), last: None }
+    }
+
+    /// An encoder for records that are made apart from those before them on their channel: `last` is the block of the
+    /// record that will stand before the first, `None` where there is none, or where it is not known.
+    #[must_use]
+    pub fn behind(&self, last: Option<usize>) -> RecordEncoder {
+        RecordEncoder { blocks: self.blocks.clone(), last }
     }
 
     /// Appends the head of a page of data; the page itself must follow.

@@ -11,7 +11,7 @@ use super::writing::Writing;
 use super::{Carried, DeviceStateBy, SaveFormat, SaveSettings, Stopwatch, Then, room, via_qemu};
 use crate::manifest::Manifest;
 use crate::qemu::{self, AskedFacts, HostBlock, Probe, Probed, Session};
-use crate::sink::DeviceState;
+use crate::sink::{DeviceState, Means};
 use crate::{Error, Kind, Result};
 
 /// What gives the device state without RAM.
@@ -176,12 +176,19 @@ pub(super) fn carry(
     };
     qemu::stat_disks(&mut facts, Some(ram.peer().pid()));
     let manifest = Manifest::now(&session.version, "direct", &run_state, facts);
+    let means = Means {
+        channels,
+        counters: watch.progress.counters().clone(),
+        sync: settings.sync,
+        domain: None,
+        cancel: cancel.clone(),
+    };
     let composed = (devices, run_state.as_str(), &manifest);
-    let mut writing = Writing::new(format, settings, target, cancel, &probe, composed)?;
+    let mut writing = Writing::new(format, target, means, &probe, composed)?;
 
     watch.phase("ram");
     watch.progress.expect(present_bytes);
-    let moved = writing.pages((channels, settings.rate_max), &ram, watch.progress.counters(), cancel)?;
+    let moved = writing.pages(settings.rate_max, &ram)?;
     watch.progress.complete();
     ram.recheck().map_err(|error| {
         Error::new(Kind::Peer, "QEMU's memory changed its place during the save").because(error)
@@ -197,7 +204,7 @@ pub(super) fn carry(
     writing.complete(&ram)?;
     Ok(Carried {
         run_state,
-        direct_io: target.direct().is_some() && format.goes_by_lanes(),
+        direct_io: target.direct().is_some(),
         data_bytes: moved.data_bytes,
         zero_bytes: moved.zero_bytes,
         hole_bytes: moved.ram_bytes.saturating_sub(moved.data_bytes + moved.zero_bytes),

@@ -80,11 +80,6 @@ impl SaveFormat {
     pub fn is_compressed(self) -> bool {
         matches!(self, SaveFormat::Libvirt(payload) if payload.is_compressed())
     }
-
-    /// Whether lanes write it, past the page cache where the target takes that.
-    pub(crate) fn goes_by_lanes(self) -> bool {
-        self.has_places() || self.is_compressed()
-    }
 }
 
 /// How QEMU is asked for the state of the devices when vmstate carries the RAM itself.
@@ -359,12 +354,12 @@ fn carry(
         // How much of it QEMU will find to be zero is not known.
         None => qemu::host_blocks(&mut session.client)?.iter().map(|block| block.used_length).sum(),
     };
-    let rates = room::settle_direct_io(settings, target, format, bytes, watch.observer)?;
+    let rates = room::settle_direct_io(settings, target, bytes, watch.observer)?;
     let mut channels = settings.channels();
     let (carried, via) = match prepared {
         Some(ready) => {
             watch.observer.note("via direct: QEMU gives the device state only");
-            if format.goes_by_lanes() {
+            if !target.is_sequential() {
                 super::note_engine(watch.observer)?;
             }
             if rates.is_some_and(room::wants_order) {
@@ -380,7 +375,7 @@ fn carry(
             (via_qemu::carry(settings, session, target, bytes, watch)?, Via::Qemu)
         }
     };
-    let direct_io_reason = why_not_direct(target, format);
+    let direct_io_reason = why_not_direct(target);
     if let Some(reason) = &direct_io_reason {
         watch.observer.note(&format!("no direct I/O: {reason}"));
     }
@@ -486,11 +481,10 @@ fn draft_options(settings: &SaveSettings) -> DraftOptions {
 }
 
 /// Why pages do not bypass the page cache, if they do not.
-fn why_not_direct(target: &Target, format: SaveFormat) -> Option<String> {
-    match (target.direct_io(), format.goes_by_lanes()) {
-        (io::DirectIo::Unsupported { reason }, _) => Some(reason),
-        (io::DirectIo::Supported { .. }, false) => Some("the records of a stream are not aligned".to_owned()),
-        (io::DirectIo::Supported { .. }, true) => None,
+fn why_not_direct(target: &Target) -> Option<String> {
+    match target.direct_io() {
+        io::DirectIo::Unsupported { reason } => Some(reason),
+        io::DirectIo::Supported { .. } => None,
     }
 }
 

@@ -101,10 +101,9 @@ fn look(
             // What QEMU will find to be zero is not known.
             None => room_bytes.is_none_or(|room| pages <= room),
         };
-        rates = room::settle_direct_io(settings, target, format, pages, watch.observer)?;
+        rates = room::settle_direct_io(settings, target, pages, watch.observer)?;
     }
     let direct_io = target.as_deref().is_some_and(|target| target.direct().is_some());
-    let direct_io = direct_io && format.goes_by_lanes();
     Ok(Rehearsal {
         via,
         reason,
@@ -114,7 +113,7 @@ fn look(
         room_bytes,
         fits,
         direct_io,
-        direct_io_reason: target.as_deref().and_then(|target| super::why_not_direct(target, format)),
+        direct_io_reason: target.as_deref().and_then(super::why_not_direct),
         // How long it takes to compress is not tried.
         expected: rates.filter(|_| !format.is_compressed()).map(|rates| {
             let rate = if direct_io { rates.direct_bytes_per_s } else { rates.buffered_bytes_per_s };

@@ -122,11 +122,10 @@ pub(super) fn require(
 pub(super) fn settle_direct_io(
     settings: &SaveSettings,
     target: &mut Target,
-    format: SaveFormat,
     bytes: u64,
     observer: &dyn Observer,
 ) -> Result<Option<Rates>> {
-    if !is_worth_measuring(settings.direct_io, format, bytes) {
+    if !is_worth_measuring(settings.direct_io, bytes) {
         return Ok(None);
     }
     let rates = target.measure()?;
@@ -137,8 +136,8 @@ pub(super) fn settle_direct_io(
     Ok(rates)
 }
 
-fn is_worth_measuring(choice: DirectIo, format: SaveFormat, bytes: u64) -> bool {
-    choice == DirectIo::Auto && format.goes_by_lanes() && bytes >= MEASURED_LEN_MIN
+fn is_worth_measuring(choice: DirectIo, bytes: u64) -> bool {
+    choice == DirectIo::Auto && bytes >= MEASURED_LEN_MIN
 }
 
 /// A target that takes fewer bytes a second, by either way, is taken for one that seeks.
@@ -170,15 +169,13 @@ mod tests {
 
     #[test]
     fn only_what_is_ours_to_choose_and_large_is_measured() {
-        use SaveFormat::{MappedRam, Stream};
-        for (choice, format, bytes, expected) in [
-            (DirectIo::Auto, MappedRam, 256 << 20, true),
-            (DirectIo::Auto, MappedRam, (256 << 20) - 1, false),
-            (DirectIo::On, MappedRam, 1 << 40, false),
-            (DirectIo::Off, MappedRam, 1 << 40, false),
-            (DirectIo::Auto, Stream, 1 << 40, false),
+        for (choice, bytes, expected) in [
+            (DirectIo::Auto, 256 << 20, true),
+            (DirectIo::Auto, (256 << 20) - 1, false),
+            (DirectIo::On, 1 << 40, false),
+            (DirectIo::Off, 1 << 40, false),
         ] {
-            assert_eq!(is_worth_measuring(choice, format, bytes), expected, "{choice:?} {format:?} {bytes}");
+            assert_eq!(is_worth_measuring(choice, bytes), expected, "{choice:?} {bytes}");
         }
     }
 

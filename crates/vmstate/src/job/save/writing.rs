@@ -2,22 +2,23 @@
 
 use std::sync::Arc;
 
-use io::{Cancel, Counters, LaneOptions, LaneSettings, Outflow, Target, WriteLanes};
+use io::{LaneOptions, LaneSettings, Target, WriteLanes};
 use mem::GuestRam;
 
-use super::{SaveFormat, SaveSettings};
+use super::SaveFormat;
 use crate::job::{anonymous_memory_bytes, untold_pages};
 use crate::manifest::Manifest;
 use crate::qemu::Probe;
 use crate::sink::{
-    DeviceState, MappedRamComposition, Means, StreamComposition, bitmap_pieces, compressed_outflow,
+    ByteSink, DeviceState, MappedRamComposition, Means, StreamComposition, bitmap_pieces, byte_sink,
+    payload_sink,
 };
 use crate::{Error, Kind, Rate, Result};
 
 /// An image of a guest that stands still, being written.
 pub(super) enum Writing<'a> {
-    Fixed { composition: MappedRamComposition, target: &'a Target },
-    Flowing { composition: StreamComposition, out: Box<Outflow>, sync: bool },
+    Fixed { composition: MappedRamComposition, target: &'a Target, means: Means },
+    Flowing { composition: StreamComposition, out: Box<dyn ByteSink>, means: Means },
 }
 
 /// What became of the pages.
@@ -34,9 +35,8 @@ impl<'a> Writing<'a> {
     /// Composes the image; nothing is written yet.
     pub(super) fn new(
         format: SaveFormat,
-        settings: &SaveSettings,
         target: &'a Target,
-        cancel: &Cancel,
+        means: Means,
         probe: &Probe,
         (devices, run_state, manifest): (DeviceState, &str, &Manifest),
     ) -> Result<Writing<'a>> {
@@ -44,42 +44,35 @@ impl<'a> Writing<'a> {
             true => {
                 let start = target.start();
                 let composition = MappedRamComposition::new(probe, devices, run_state, manifest, start)?;
-                Ok(Writing::Fixed { composition, target })
+                Ok(Writing::Fixed { composition, target, means })
             }
             false => {
                 let composition = StreamComposition::new(probe, devices, run_state, manifest)?;
-                let mut out = Box::new(match format {
-                    SaveFormat::Libvirt(payload) if payload.is_compressed() => {
-                        compressed_outflow(payload, target, &means(settings, cancel))?
-                    }
-                    _ => target.outflow(cancel)?,
-                });
-                if let Some(rate) = settings.rate_max {
-                    out.limit(rate.limit());
-                }
-                Ok(Writing::Flowing { composition, out, sync: settings.sync })
+                let out = match format {
+                    SaveFormat::Libvirt(payload) => payload_sink(payload, target, &means)?,
+                    _ => byte_sink(target, &means)?,
+                };
+                Ok(Writing::Flowing { composition, out, means })
             }
         }
     }
 
-    /// Writes every page that is there, and counts.
-    pub(super) fn pages(
-        &mut self,
-        (channels, rate_max): (u16, Option<Rate>),
-        ram: &Arc<GuestRam>,
-        counters: &Arc<Counters>,
-        cancel: &Cancel,
-    ) -> Result<Moved> {
+    /// Writes every page that is there, no faster than that, and counts.
+    pub(super) fn pages(&mut self, rate_max: Option<Rate>, ram: &Arc<GuestRam>) -> Result<Moved> {
+        let limit = rate_max.map(Rate::limit);
         match self {
-            Writing::Fixed { composition, target } => {
+            Writing::Fixed { composition, target, means } => {
                 target.begin(composition.end())?;
                 let lanes = WriteLanes::start_with(
                     target.lane_target()?,
                     ram.clone(),
-                    LaneSettings { lanes: usize::from(channels), align: target.direct_io().alignment() },
-                    LaneOptions { limit: rate_max.map(Rate::limit), ..LaneOptions::default() },
-                    counters.clone(),
-                    cancel.clone(),
+                    LaneSettings {
+                        lanes: usize::from(means.channels),
+                        align: target.direct_io().alignment(),
+                    },
+                    LaneOptions { limit, ..LaneOptions::default() },
+                    means.counters.clone(),
+                    means.cancel.clone(),
                 )?;
                 // The presence map is read here, after the device state: a device's handler may have written
                 // memory.
@@ -88,7 +81,7 @@ impl<'a> Writing<'a> {
                 // A lane that failed is the reason why dealing failed, so its error is the one to tell.
                 lanes.finish()?;
                 dealt?;
-                let moved = counters.read();
+                let moved = means.counters.read();
                 Ok(Moved {
                     data_bytes: moved.bytes_written,
                     zero_bytes: moved.bytes_zero,
@@ -96,8 +89,9 @@ impl<'a> Writing<'a> {
                     memory_bytes,
                 })
             }
-            Writing::Flowing { composition, out, .. } => {
-                let sent = composition.write_ram(ram, out, counters)?;
+            Writing::Flowing { composition, out, means } => {
+                // A limit holds up the pages, before they are compressed.
+                let sent = composition.write_ram(ram, &mut **out, means, limit.as_deref())?;
                 Ok(Moved {
                     data_bytes: sent.data_bytes,
                     zero_bytes: sent.zero_bytes,
@@ -111,7 +105,7 @@ impl<'a> Writing<'a> {
     /// Writes all the rest. Until then it is no image.
     pub(super) fn complete(self, ram: &GuestRam) -> Result<()> {
         match self {
-            Writing::Fixed { composition, target } => {
+            Writing::Fixed { composition, target, .. } => {
                 let write = |offset, bytes: &[u8]| {
                     let failed =
                         |error| Error::io(format!("cannot write {}", target.path().display()), error);
@@ -129,24 +123,11 @@ impl<'a> Writing<'a> {
                 }
                 Ok(())
             }
-            Writing::Flowing { composition, mut out, sync } => {
-                composition.write_tail(&mut out)?;
-                // A draft is synced when it is published; the standard output may be a file, too.
-                out.finish(sync).map_err(Error::from)
+            Writing::Flowing { composition, mut out, .. } => {
+                composition.write_tail(&mut *out)?;
+                out.finish()
             }
         }
-    }
-}
-
-/// With what compressed bytes are written. A limit holds up the pages, before they are compressed.
-fn means(settings: &SaveSettings, cancel: &Cancel) -> Means {
-    Means {
-        channels: settings.channels(),
-        // The pages are counted where they are read.
-        counters: Arc::new(Counters::default()),
-        sync: settings.sync,
-        domain: None,
-        cancel: cancel.clone(),
     }
 }
 

@@ -11,7 +11,7 @@ type Job<I, O> = (I, SyncSender<O>);
 
 /// Threads that all do the same, and what they have in hand.
 #[derive(Debug)]
-pub(super) struct Ordered<I, O> {
+pub(crate) struct Ordered<I, O> {
     jobs: Option<SyncSender<Job<I, O>>>,
     pending: VecDeque<Receiver<O>>,
     threads: Vec<JoinHandle<()>>,
@@ -20,11 +20,12 @@ pub(super) struct Ordered<I, O> {
 }
 
 impl<I: Send + 'static, O: Send + 'static> Ordered<I, O> {
-    /// Starts `count` threads.
+    /// Starts `count` threads that go by `name`.
     ///
     /// # Errors
     /// What the system said.
-    pub(super) fn start(
+    pub(crate) fn start(
+        name: &str,
         count: usize,
         work: impl Fn(I) -> O + Send + Sync + 'static,
     ) -> io::Result<Ordered<I, O>> {
@@ -35,7 +36,7 @@ impl<I: Send + 'static, O: Send + 'static> Ordered<I, O> {
         let mut threads = Vec::with_capacity(count);
         for _ in 0..count {
             let (work, queue, is_abandoned) = (work.clone(), queue.clone(), is_abandoned.clone());
-            let thread = std::thread::Builder::new().name("vmstate-codec".to_owned());
+            let thread = std::thread::Builder::new().name(name.to_owned());
             threads.push(thread.spawn(move || {
                 loop {
                     // One thread waits for work, the others for it: a lock a piece costs nothing.
@@ -53,12 +54,12 @@ impl<I: Send + 'static, O: Send + 'static> Ordered<I, O> {
     }
 
     /// Whether there is as much in hand as keeps every thread busy.
-    pub(super) fn is_full(&self) -> bool {
+    pub(crate) fn is_full(&self) -> bool {
         self.pending.len() > self.threads.len()
     }
 
     /// Hands out work. Does not wait while it is not full.
-    pub(super) fn push(&mut self, input: I) -> io::Result<()> {
+    pub(crate) fn push(&mut self, input: I) -> io::Result<()> {
         let (done, outcome) = sync_channel(1);
         let Some(jobs) = &self.jobs else { return Err(ended()) };
         jobs.send((input, done)).map_err(|_| ended())?;
@@ -70,13 +71,13 @@ impl<I: Send + 'static, O: Send + 'static> Ordered<I, O> {
     ///
     /// # Errors
     /// Where the thread that had it panicked.
-    pub(super) fn pop(&mut self) -> Option<io::Result<O>> {
+    pub(crate) fn pop(&mut self) -> Option<io::Result<O>> {
         self.pending.pop_front().map(|outcome| outcome.recv().map_err(|_| ended()))
     }
 }
 
 fn ended() -> io::Error {
-    io::Error::other("a thread that compresses or decompresses panicked")
+    io::Error::other("a working thread panicked")
 }
 
 impl<I, O> Drop for Ordered<I, O> {
