@@ -503,7 +503,7 @@ pub struct Bench {
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(64..=1_048_576))]
     pub memory: Option<u64>,
 
-    /// Where the guests' memory comes from; may be given again [default: all three]
+    /// Where the guests' memory comes from; may be given again [default: private, memfd and file]
     #[arg(long, value_enum)]
     pub backend: Vec<BackendArg>,
 
@@ -754,9 +754,16 @@ pub enum ThenArg {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BackendArg {
+    /// Plain -m
     Private,
+    /// A shared memfd that nobody has touched
     Memfd,
+    /// A shared file in /dev/shm
     File,
+    /// A memfd whose pages are all there before the guest is (prealloc=on)
+    Populated,
+    /// A memfd on pages of 2 MiB; where the pool has not got enough of them it is made larger for the time
+    Huge,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

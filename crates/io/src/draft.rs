@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -228,6 +229,8 @@ pub struct Draft {
     pub(crate) is_partial: bool,
     /// Where the image begins: what stands before it is written last.
     pub(crate) start: u64,
+    /// What stood under the final name until this took its place.
+    pub(crate) replaced: Option<Replaced>,
     direct: Option<File>,
     direct_io: DirectIo,
 }
@@ -264,6 +267,7 @@ impl Draft {
             options,
             is_partial: true,
             start: 0,
+            replaced: None,
             direct: None,
             direct_io: unsupported("switched off"),
         };
@@ -315,6 +319,12 @@ impl Draft {
         let rates = rates.map_err(|source| self.fail(DraftStep::Measure, source))?;
         cut.map_err(|source| self.fail(DraftStep::SetLength, source))?;
         Ok(Some(rates))
+    }
+
+    /// The file whose name this one has got by [`Draft::publish`], if there was one. Where it is not asked for, it goes
+    /// with the draft.
+    pub fn take_replaced(&mut self) -> Option<Replaced> {
+        self.replaced.take()
     }
 
     /// Lets go of direct I/O, for this reason.
@@ -403,6 +413,17 @@ impl Draft {
             _ => &self.partial_path,
         };
         DraftError::Io { path: path.clone(), step, source }
+    }
+}
+
+/// A file that has lost its name to a new one. Its room comes back when this is dropped, which some file systems take half
+/// a second a GiB for: whoever has something to do first does it before.
+#[derive(Debug)]
+pub struct Replaced(pub(crate) OwnedFd);
+
+impl AsFd for Replaced {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -43,7 +43,7 @@ pub use cancel::Cancel;
 pub use constant_supply::ConstantSupply;
 pub use counters::{Counters, CountersReading};
 pub use direct::{DirectChoice, DirectIo, ReadPair};
-pub use draft::{Draft, DraftError, DraftOptions, DraftStep, Obstacle};
+pub use draft::{Draft, DraftError, DraftOptions, DraftStep, Obstacle, Replaced};
 pub use engine::{ENGINE_VARIABLE, Engine, EngineChoice};
 pub use file_supply::FileSupply;
 pub use hold::hold;

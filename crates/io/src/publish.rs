@@ -3,10 +3,12 @@
 use std::ffi::OsStr;
 use std::ops::ControlFlow;
 
-use rustix::fs::{AtFlags, RenameFlags, fstat, linkat, renameat, renameat_with, statat, unlinkat};
+use rustix::fs::{
+    AtFlags, Mode, OFlags, RenameFlags, fstat, linkat, openat, renameat, renameat_with, statat, unlinkat,
+};
 use rustix::io::Errno;
 
-use crate::draft::{Draft, DraftError, DraftStep};
+use crate::draft::{Draft, DraftError, DraftStep, Replaced};
 
 impl Draft {
     /// Makes the file visible under its final name: sync the file, rename, sync the directory.
@@ -54,7 +56,7 @@ impl Draft {
             Err(source) => return Err(self.fail(DraftStep::Rename, source.into())),
         }
         let renamed = match self.options.overwrite {
-            true => renameat(&self.directory, &self.partial_name, &self.directory, &self.name),
+            true => self.rename_replacing(),
             false => self.rename_without_replacing(),
         };
         match renamed {
@@ -65,6 +67,17 @@ impl Draft {
             Err(Errno::EXIST) => Err(DraftError::Exists { path: self.path.clone() }),
             Err(source) => Err(self.fail(DraftStep::Rename, source.into())),
         }
+    }
+
+    /// What is replaced is kept open: the rename would wait until all of its room is back.
+    fn rename_replacing(&mut self) -> Result<(), Errno> {
+        // A descriptor that reads nothing needs no permission of the file. Where there is none to be had, the rename
+        // takes longer and nothing else.
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let replaced = openat(&self.directory, &self.name, flags, Mode::empty()).ok();
+        renameat(&self.directory, &self.partial_name, &self.directory, &self.name)?;
+        self.replaced = replaced.map(Replaced);
+        Ok(())
     }
 
     fn rename_without_replacing(&self) -> Result<(), Errno> {
@@ -156,6 +169,24 @@ mod tests {
                 assert_eq!(partial.exists(), survived < 2, "after {survived} steps");
             }
         }
+    }
+
+    #[test]
+    fn what_was_replaced_is_let_go_of_when_its_holder_wants() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("vm.img");
+        let options = DraftOptions { overwrite: true, ..DraftOptions::default() };
+        let mut first = Draft::create(&path, options).expect("a draft");
+        first.publish().expect("a free name");
+        assert!(first.take_replaced().is_none(), "nothing was there");
+        first.buffered().write_all_at(b"old", 0).expect("three bytes");
+        let mut second = Draft::create(&path, options).expect("a draft");
+        second.publish().expect("a file to replace");
+        let replaced = second.take_replaced().expect("the first file");
+        let held = fstat(&replaced).expect("a stat");
+        assert_eq!((held.st_ino, held.st_nlink), (fstat(first.buffered()).expect("a stat").st_ino, 0));
+        assert!(second.take_replaced().is_none(), "there was one");
+        assert_eq!(fs::metadata(&path).expect("the second file").len(), 0);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use rustix::fs::FileType;
 
 use crate::cancel::Cancel;
 use crate::direct::{DirectIo, unsupported};
-use crate::draft::{Draft, DraftError, DraftOptions, DraftStep};
+use crate::draft::{Draft, DraftError, DraftOptions, DraftStep, Replaced};
 use crate::lane::LaneTarget;
 use crate::outflow::Outflow;
 use crate::place::{Place, not_for_this};
@@ -299,6 +299,14 @@ impl Target {
         let Some(buffered) = self.buffered() else { return Ok(()) };
         let path = self.path().to_owned();
         buffered.sync_all().map_err(|source| DraftError::Io { path, step: DraftStep::SyncFile, source })
+    }
+
+    /// The file whose name the image has got, if there was one.
+    pub fn take_replaced(&mut self) -> Option<Replaced> {
+        match self {
+            Target::Draft(draft) => draft.take_replaced(),
+            Target::Place(_) | Target::Outflow(_) => None,
+        }
     }
 
     /// Makes the image whole: under its name, with its head, or, of a pipe, by the last byte written.

@@ -51,6 +51,20 @@ fn heads_of_libvirt_11_3_are_read_exactly_and_written_again() {
     }
 }
 
+/// A fuzzer found that four bytes which are no image's were first told to be too few, and then to be no image's.
+#[test]
+fn a_file_that_is_shorter_than_a_header_is_told_the_same_however_much_of_it_is_given() {
+    for (file, expected) in [
+        (&b"LLii"[..], "magic at 0x0: is not libvirt's"),
+        (b"Libv", "header at 0x0: the file ends at 0x4, 88 bytes too early"),
+        (b"", "header at 0x0: the file ends at 0x0, 92 bytes too early"),
+    ] {
+        assert_eq!(decode(file, 0).unwrap_err().to_string(), expected);
+        assert_eq!(survey(file).report.faults[0].to_string(), expected);
+        fuzz::libvirt_head(file);
+    }
+}
+
 #[test]
 fn little_more_than_the_texts_is_asked_for() {
     let file = golden::load("libvirt-11.3-raw");

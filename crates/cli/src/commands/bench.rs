@@ -153,7 +153,7 @@ fn settings(args: &Bench, directory: PathBuf) -> BenchSettings {
     let is_told = args.rounds.is_some() || args.repeat.is_some();
     BenchSettings {
         memory_mib: args.memory.unwrap_or(MEMORY_MIB),
-        backends: if backends.is_empty() { Backend::ALL.to_vec() } else { backends },
+        backends: if backends.is_empty() { Backend::USUAL.to_vec() } else { backends },
         saves: args.only != Some(BenchJobArg::Restore),
         restores: args.only != Some(BenchJobArg::Save),
         directory,
@@ -178,6 +178,8 @@ impl BackendArg {
             BackendArg::Private => Backend::Private,
             BackendArg::Memfd => Backend::Memfd,
             BackendArg::File => Backend::File,
+            BackendArg::Populated => Backend::Populated,
+            BackendArg::Huge => Backend::Huge,
         }
     }
 }
@@ -233,13 +235,14 @@ mod tests {
     #[test]
     fn what_is_measured_can_be_narrowed() {
         let all = settings_of("");
-        assert_eq!((all.backends, all.saves, all.restores), (Backend::ALL.to_vec(), true, true));
+        assert_eq!((all.backends, all.saves, all.restores), (Backend::USUAL.to_vec(), true, true));
         let some = settings_of("--only save --backend memfd --backend private");
         assert_eq!(
             (some.backends, some.saves, some.restores),
             (vec![Backend::Memfd, Backend::Private], true, false)
         );
-        assert!(!settings_of("--only restore").saves);
+        let whole = settings_of("--only restore --backend populated --backend huge");
+        assert_eq!((whole.backends, whole.saves), (vec![Backend::Populated, Backend::Huge], false));
     }
 
     #[test]

@@ -117,6 +117,8 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
             say(format!("QEMU carried the RAM: {reason}"));
         }
     }
+    // Whoever waits for the answer has it, and whoever waits for the end finds the replaced image's room free.
+    drop(report);
     Ok(Outcome::Done)
 }
 

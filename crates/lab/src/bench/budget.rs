@@ -39,7 +39,10 @@ pub struct Budget {
 
 /// The budget of a comparison, where there is one.
 pub fn budget(job: Job, backend: Backend, load: Load, rival: Rival) -> Option<Budget> {
+    // Where memory is all there, or in pages of 2 MiB, an idle guest has no holes to be left out.
+    let has_holes = backend.is_fresh() || !backend.is_shared();
     let (at_least, from_mib) = match (job, load, rival, backend.is_shared()) {
+        (Job::Save, Load::Idle, _, _) if !has_holes => return None,
         (Job::Save, Load::Dirty, Rival::Ceiling, _) => (0.95, 0),
         (Job::Save, Load::Dirty, Rival::QemuBest, _) => (1.5, 0),
         (Job::Save, Load::Idle, Rival::Allowance, _) => (1.0, 0),
@@ -113,6 +116,11 @@ mod tests {
             (Job::Save, Backend::Private, Load::Idle, Rival::QemuBest, Some(20.0)),
             (Job::Save, Backend::File, Load::Idle, Rival::QemuBest, Some(200.0)),
             (Job::Save, Backend::File, Load::Idle, Rival::Allowance, Some(1.0)),
+            (Job::Save, Backend::Populated, Load::Idle, Rival::Allowance, None),
+            (Job::Save, Backend::Huge, Load::Idle, Rival::QemuBest, None),
+            (Job::Save, Backend::Huge, Load::Dirty, Rival::QemuBest, Some(1.5)),
+            (Job::Restore, Backend::Populated, Load::Dirty, Rival::Ceiling, Some(0.95)),
+            (Job::Restore, Backend::Huge, Load::Dirty, Rival::QemuBest, Some(1.2)),
         ] {
             let found = budget(job, backend, load, rival).map(|budget| budget.at_least);
             assert_eq!(found, expected, "{job:?} {backend:?} {load:?} {rival:?}");

@@ -18,6 +18,10 @@ const SLICE: Duration = Duration::from_millis(200);
 pub const IDLE_PAGES: u32 = 2048;
 /// Where memory that is a file lies: on every Linux a file system in memory.
 pub const MEMORY_DIRECTORY: &str = "/dev/shm";
+/// Shared memory that is all there before a guest is.
+const POPULATED: &str = "memory-backend-memfd,share=on,prealloc=on";
+/// Shared memory on huge pages, which are found as they are filled.
+const HUGE: &str = "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M";
 
 /// The guests of one row of the table.
 #[derive(Clone, Copy, Debug)]
@@ -57,10 +61,12 @@ impl Guests {
         // A file anew for each QEMU: what an earlier one left would be this one's memory.
         let memory = match self.backend {
             Backend::File => Some(memory_directory()?),
-            Backend::Private | Backend::Memfd => None,
+            Backend::Private | Backend::Memfd | Backend::Populated | Backend::Huge => None,
         };
         let backend = match (self.backend, &memory) {
             (Backend::Memfd, _) => MemoryBackend::Memfd,
+            (Backend::Populated, _) => MemoryBackend::Object(POPULATED.to_owned()),
+            (Backend::Huge, _) => MemoryBackend::Object(HUGE.to_owned()),
             (_, Some(directory)) => MemoryBackend::File(directory.path().join("ram")),
             (_, None) => MemoryBackend::Plain,
         };

@@ -16,6 +16,7 @@ mod meter;
 mod modes;
 mod plan;
 mod plot;
+mod pool;
 mod room;
 mod run;
 mod statistics;
@@ -72,11 +73,19 @@ pub enum Backend {
     Memfd,
     /// A shared `memory-backend-file` in `/dev/shm`.
     File,
+    /// A shared `memory-backend-memfd` whose pages are all there before a guest is (`prealloc=on`).
+    Populated,
+    /// A shared `memory-backend-memfd` on pages of 2 MiB.
+    Huge,
 }
 
 impl Backend {
     /// All of them.
-    pub const ALL: [Backend; 3] = [Backend::Private, Backend::Memfd, Backend::File];
+    pub const ALL: [Backend; 5] =
+        [Backend::Private, Backend::Memfd, Backend::File, Backend::Populated, Backend::Huge];
+
+    /// Those that are measured unless others are asked for.
+    pub const USUAL: [Backend; 3] = [Backend::Private, Backend::Memfd, Backend::File];
 
     /// Its name in tables and options.
     pub fn name(self) -> &'static str {
@@ -84,12 +93,20 @@ impl Backend {
             Backend::Private => "private",
             Backend::Memfd => "memfd",
             Backend::File => "file",
+            Backend::Populated => "populated",
+            Backend::Huge => "huge",
         }
     }
 
     /// Whether others can have the memory mapped.
     pub fn is_shared(self) -> bool {
         self != Backend::Private
+    }
+
+    /// Whether it is shared memory of small pages that nobody has touched yet: whoever fills it has to find each of them,
+    /// so that a restore cannot be as fast as the disk is read.
+    pub fn is_fresh(self) -> bool {
+        matches!(self, Backend::Memfd | Backend::File)
     }
 }
 

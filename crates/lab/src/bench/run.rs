@@ -11,6 +11,7 @@ use super::budget::{budget, verdict};
 use super::guests::Guests;
 use super::measure::{Images, Sample, ceiling_of_save, restore, save};
 use super::plan::{CONTENDER_TIMES, Part, ROUNDS_MIN, Timetable, has_time};
+use super::pool::HugePool;
 use super::room::Room;
 use super::statistics::{interval, median};
 use super::stock::Abilities;
@@ -51,6 +52,17 @@ fn measure_all(settings: &BenchSettings, cancel: &Cancel, narrator: &dyn Narrato
             run.note(format!("no guest whose memory is a file: /dev/shm has {left} MiB left"));
             continue;
         }
+        // Held until the last of these guests is gone.
+        let _pool = match backend {
+            Backend::Huge => match HugePool::reserve(settings.memory_mib) {
+                Ok(pool) => Some(pool),
+                Err(why) => {
+                    run.note(format!("no guest on huge pages: {why}"));
+                    continue;
+                }
+            },
+            _ => None,
+        };
         for load in [Load::Dirty, Load::Idle] {
             run.guest(Guests { memory_mib: settings.memory_mib, backend, load })?;
         }
@@ -259,7 +271,7 @@ impl<'a> Run<'a> {
             let ceiling = || {
                 let read = ceiling::read(&images.ceiling(), cancel)?;
                 reads.push(read.as_secs_f64());
-                if !guests.backend.is_shared() {
+                if !guests.backend.is_fresh() {
                     return Ok(read);
                 }
                 let fill = ceiling::populate(data_bytes, cancel)?;

@@ -31,6 +31,12 @@ impl Header {
         }
         let room = file_len.saturating_sub(at);
         if room < HEADER_LEN as u64 {
+            // What there is of it is asked for all the same: bytes that are no image's are told as that, however many of
+            // them were given at first.
+            let needed = room.saturating_sub(cursor.remaining() as u64);
+            if needed > 0 {
+                return Err(DecodeError::Incomplete { offset: at, field: "header", needed });
+            }
             let problem =
                 format!("the file ends at {file_len:#x}, {} bytes too early", HEADER_LEN as u64 - room);
             return Err(Fault::damaged(at, "header", problem).into());

@@ -292,7 +292,7 @@ fn spec(backend: Backend, memory_mib: u64, percent: Option<u64>) -> QemuSpec {
             MemoryBackend::Object("memory-backend-ram,reserve=off".to_owned())
         }
         Backend::Private => MemoryBackend::Plain,
-        Backend::Memfd | Backend::File => MemoryBackend::Memfd,
+        Backend::Memfd | Backend::File | Backend::Populated | Backend::Huge => MemoryBackend::Memfd,
     };
     QemuSpec { backend, guest: Some(Guest::new(settings)), second_qmp: percent.is_some(), ..spec }
 }

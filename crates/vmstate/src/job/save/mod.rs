@@ -10,10 +10,10 @@ mod via_qemu;
 mod writing;
 
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use io::{Cancel, DraftOptions, Owner, Target, TargetKind};
+use io::{Cancel, DraftOptions, Owner, Replaced, Target, TargetKind};
 
 use wire::libvirt::PayloadFormat;
 
@@ -209,6 +209,8 @@ pub struct SaveReport {
     pub peak_memory_bytes: u64,
     /// How long each phase took.
     pub phases: Phases,
+    /// The image that this one has replaced. Its room comes back when the report and all copies of it are dropped.
+    pub replaced: Option<Arc<Replaced>>,
 }
 
 impl SaveReport {
@@ -314,6 +316,7 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
         downtime: carried.read_at.saturating_duration_since(carried.stopped_at),
         peak_memory_bytes: carried.memory_bytes.max(anonymous_memory_bytes()),
         phases,
+        replaced: target.take_replaced().map(Arc::new),
     })
 }
 
