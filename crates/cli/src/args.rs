@@ -180,9 +180,9 @@ pub struct Restore {
           conflicts_with_all = ["resume", "wait", "ready_serial", "domain", "foreground"])]
     pub background: Option<Option<PathBuf>>,
 
-    /// This is the process that --background leaves behind
-    #[arg(long, hide = true, requires = "background")]
-    pub background_server: bool,
+    /// This is the process that --background leaves behind; stderr ends in a terminal of so many columns, or in none
+    #[arg(long, value_name = "COLUMNS", num_args = 0..=1, require_equals = true, hide = true, requires = "background")]
+    pub background_server: Option<Option<usize>>,
 
     /// With --mode map: end only when all of the image is in the page cache. The other modes wait for the memory anyway
     #[arg(long, conflicts_with_all = ["resume", "domain"])]
