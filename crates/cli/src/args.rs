@@ -180,9 +180,9 @@ pub struct Restore {
           conflicts_with_all = ["resume", "wait", "ready_serial", "domain", "foreground"])]
     pub background: Option<Option<PathBuf>>,
 
-    /// This is the process that --background leaves behind
-    #[arg(long, hide = true, requires = "background")]
-    pub background_server: bool,
+    /// This is the process that --background leaves behind; stderr ends in a terminal of so many columns, or in none
+    #[arg(long, value_name = "COLUMNS", num_args = 0..=1, require_equals = true, hide = true, requires = "background")]
+    pub background_server: Option<Option<usize>>,
 
     /// With --mode map: end only when all of the image is in the page cache. The other modes wait for the memory anyway
     #[arg(long, conflicts_with_all = ["resume", "domain"])]
@@ -510,7 +510,7 @@ pub struct Bench {
     /// Instead: restores in each mode and QEMU's own load beside each other, of idle and dirty guests of these sizes in
     /// MiB; those that memory or disk do not hold are left out
     #[arg(long, value_name = "MIB,...", value_delimiter = ',', num_args = 0..=1, default_missing_value = "256,1024,4096,8192",
-          value_parser = clap::value_parser!(u64).range(64..=1_048_576), conflicts_with_all = ["backend", "only", "repeat", "plot", "clones"])]
+          value_parser = clap::value_parser!(u64).range(64..=1_048_576), conflicts_with_all = ["backend", "only", "repeat", "clones"])]
     pub restore_modes: Option<Vec<u64>>,
 
     /// Instead: so many clones of one guest of --memory, eager and mapped, and what they cost

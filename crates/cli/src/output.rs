@@ -127,18 +127,38 @@ pub fn print_event(event: &Value) {
     put(&format!("{event}\n"));
 }
 
-/// Whether a bar stands in the line of stderr that the cursor is in.
-static BAR_STANDS: Mutex<bool> = Mutex::new(false);
+/// What stands in the line of stderr that the cursor is in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LineState {
+    Free,
+    Bar,
+    /// Nothing, and no bar will: stderr is no terminal any more.
+    NoMoreBars,
+}
+
+static LINE: Mutex<LineState> = Mutex::new(LineState::Free);
 /// Goes to the beginning of the line and empties it.
 const CLEAR_LINE: &str = "\r\x1b[K";
 
 /// Draws a bar in place of the one before. What is said next takes its place; an empty one leaves nothing.
 pub fn draw_bar(bar: &str) {
-    let mut stands = BAR_STANDS.lock().unwrap_or_else(PoisonError::into_inner);
-    if *stands || !bar.is_empty() {
+    let mut state = LINE.lock().unwrap_or_else(PoisonError::into_inner);
+    if *state == LineState::NoMoreBars {
+        return;
+    }
+    if *state == LineState::Bar || !bar.is_empty() {
         put(&format!("{CLEAR_LINE}{bar}"));
     }
-    *stands = !bar.is_empty();
+    *state = if bar.is_empty() { LineState::Free } else { LineState::Bar };
+}
+
+/// Takes away the bar that stands, and draws none from now on.
+pub fn end_bars() {
+    let mut state = LINE.lock().unwrap_or_else(PoisonError::into_inner);
+    if *state == LineState::Bar {
+        put(CLEAR_LINE);
+    }
+    *state = LineState::NoMoreBars;
 }
 
 fn clear_bar() {

@@ -1,6 +1,6 @@
 //! How far a job is, told while it runs: a bar on a terminal, objects for a program, a line on SIGUSR1.
 
-use std::io::{IsTerminal, Read};
+use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -59,7 +59,27 @@ pub struct Told {
     watched: Shared,
     end: Cancel,
     signal: SigId,
+    ask: UnixStream,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Where somebody hears of SIGUSR1: a socket that has something to read then, and does not block. The handler writes
+/// into the other end, of which the third is another.
+fn heard() -> io::Result<(UnixStream, SigId, UnixStream)> {
+    let (asked, ask) = UnixStream::pair()?;
+    asked.set_nonblocking(true)?;
+    ask.set_nonblocking(true)?;
+    let another = ask.try_clone()?;
+    Ok((asked, signal_hook::low_level::pipe::register(SIGUSR1, ask)?, another))
+}
+
+/// What becomes readable at each SIGUSR1, which ends this process no more.
+///
+/// # Errors
+/// Where a descriptor or a handler cannot be had.
+pub fn asked_by_signal() -> vmstate::Result<UnixStream> {
+    let (asked, ..) = heard().map_err(|error| Error::io("cannot handle signals", error))?;
+    Ok(asked)
 }
 
 impl Told {
@@ -68,21 +88,41 @@ impl Told {
     /// # Errors
     /// Where a descriptor, a handler or a thread cannot be had.
     pub fn start(reporter: Reporter, wanted: ProgressArg) -> vmstate::Result<Told> {
+        Told::start_on(reporter, wanted, terminal_columns())
+    }
+
+    /// The same where stderr ends in a terminal of so many columns, or in none.
+    ///
+    /// # Errors
+    /// As [`Told::start`].
+    pub fn start_on(
+        reporter: Reporter,
+        wanted: ProgressArg,
+        columns: Option<usize>,
+    ) -> vmstate::Result<Told> {
         let cannot = |error| Error::io("cannot tell progress", error);
-        let manner = manner(wanted, std::io::stderr().is_terminal(), std::env::var("TERM").ok().as_deref());
+        let manner = manner(wanted, columns.is_some(), std::env::var("TERM").ok().as_deref());
         if manner == Manner::Json {
             speak_json();
         }
-        let (asked, ask) = UnixStream::pair().map_err(cannot)?;
-        asked.set_nonblocking(true).map_err(cannot)?;
-        let signal = signal_hook::low_level::pipe::register(SIGUSR1, ask).map_err(cannot)?;
+        let (asked, signal, ask) = heard().map_err(cannot)?;
         let end = Cancel::new().map_err(cannot)?;
         let watched = Shared::default();
-        let teller = Teller { manner, watched: watched.clone(), end: end.clone(), asked };
+        let teller = Teller { manner, columns, watched: watched.clone(), end: end.clone(), asked };
         let thread = std::thread::Builder::new().name("progress".into()).spawn(|| teller.run());
-        let mut told = Told { reporter, manner, watched, end, signal, thread: None };
+        let mut told = Told { reporter, manner, watched, end, signal, ask, thread: None };
         told.thread = Some(thread.map_err(cannot)?);
         Ok(told)
+    }
+
+    /// Asks as SIGUSR1 does.
+    ///
+    /// # Errors
+    /// Where a descriptor cannot be had.
+    pub fn asker(&self) -> vmstate::Result<impl Fn() + Send + 'static> {
+        let ask = self.ask.try_clone().map_err(|error| Error::io("cannot tell progress", error))?;
+        // One that finds no room comes after others that were not answered yet.
+        Ok(move || drop({ &ask }.write(&[0])))
     }
 }
 
@@ -138,6 +178,8 @@ fn manner(wanted: ProgressArg, is_terminal: bool, term: Option<&str>) -> Manner 
 /// The thread that tells.
 struct Teller {
     manner: Manner,
+    /// Those of the terminal at the time of the start; what stderr tells is newer.
+    columns: Option<usize>,
     watched: Shared,
     end: Cancel,
     /// Readable when somebody has sent SIGUSR1.
@@ -157,7 +199,8 @@ impl Teller {
                 Manner::Json => print_event(&as_json(&reading, &estimate)),
                 Manner::Bar | Manner::Silent if is_asked => say(as_line(&reading, &estimate)),
                 Manner::Bar if reading.elapsed >= BAR_AFTER => {
-                    draw_bar(&as_bar(&reading, &estimate, columns()));
+                    let columns = terminal_columns().or(self.columns).unwrap_or(COLUMNS);
+                    draw_bar(&as_bar(&reading, &estimate, columns));
                 }
                 Manner::Bar | Manner::Silent => {}
             }
@@ -187,10 +230,14 @@ impl Teller {
     }
 }
 
-fn columns() -> usize {
+/// The columns of stderr; `None` where that is no terminal.
+pub fn terminal_columns() -> Option<usize> {
+    if !std::io::stderr().is_terminal() {
+        return None;
+    }
     match rustix::termios::tcgetwinsize(std::io::stderr()) {
-        Ok(size) if size.ws_col > 0 => size.ws_col.into(),
-        _ => COLUMNS,
+        Ok(size) if size.ws_col > 0 => Some(size.ws_col.into()),
+        _ => Some(COLUMNS),
     }
 }
 

@@ -17,7 +17,7 @@ use vmstate::{
     Cancel, ConvertSettings, Kind, Mode, Record, RestoreReport, RestoreSettings, Result, SaveSettings,
     Target, Unobserved,
 };
-use vmstate_rig::{DEADLINE, Difference, HugeMount, StockLoad, client, stock_save};
+use vmstate_rig::{DEADLINE, Difference, HugeMount, StockLoad, client, stock_migrate, stock_save};
 
 struct Saved {
     _dir: tempfile::TempDir,
@@ -181,6 +181,46 @@ fn a_stream_by_qemu_7_2_comes_on_demand_and_mapped_when_it_was_converted() {
                     "{golden}: {difference:?}"
                 );
             }
+        }
+    }
+}
+
+/// A guest that runs in QEMU 7.2 and is saved by it: its stream is converted, and the guest goes on before its memory
+/// has come, in the QEMU that it is from and in the new one.
+#[test]
+fn a_guest_of_qemu_7_2_goes_on_in_either_qemu_before_its_memory_has_come() {
+    let program = lab::assets_dir().join("qemu72/qemu-system-x86_64");
+    assert!(program.exists(), "QEMU 7.2 is not at {}: run `make setup`", program.display());
+    for (machine, version) in [(MachineKind::Q35, "pc-q35-7.2"), (MachineKind::Pc, "pc-i440fx-7.2")] {
+        let settings = GuestSettings { pages_low_max: 20_000, fill_rounds: 1, ..GuestSettings::default() };
+        let new = QemuSpec {
+            machine_version: Some(version.to_owned()),
+            guest: Some(Guest::new(settings)),
+            ..QemuSpec::new(machine, 128 << 20)
+        };
+        let old = QemuSpec { program: program.clone(), ..new.clone() };
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let (stream, image) = (dir.path().join("stream"), dir.path().join("vm.img"));
+        let mut source = old.start().unwrap();
+        source.wait_for_round(2, DEADLINE).unwrap();
+        client(&source).stop().unwrap();
+        stock_migrate(&source, "migrate", &format!("exec:cat > {}", stream.display()));
+        let round = source.serial.latest_round().unwrap();
+        drop(source);
+        let settings = ConvertSettings::new(&stream, &image, Format::MappedRam);
+        vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved)
+            .unwrap_or_else(|error| panic!("{version}: {}", error.chain()));
+        for (name, spec) in [("7.2", &old), ("10", &new)] {
+            let mut target = QemuSpec { incoming: Incoming::Defer, ..spec.clone() }.start().unwrap();
+            let report = restore(&image, &target, Record::Running).unwrap_or_else(|error| {
+                panic!("{version} in QEMU {name}: {}; {}", error.chain(), target.stderr())
+            });
+            assert_eq!((report.mode, report.run_state.as_str()), (Mode::Lazy, "running"), "{version} {name}");
+            assert!(Some(report.first_instruction) < report.resident, "{version} {name}: {report:?}");
+            // The guest verifies every page in each round, and halts at the first that is not right.
+            target
+                .wait_for_round(round + 2, DEADLINE)
+                .unwrap_or_else(|error| panic!("{version} in QEMU {name}: {error}"));
         }
     }
 }

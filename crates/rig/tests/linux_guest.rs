@@ -6,9 +6,11 @@ use std::path::Path;
 
 use lab::{Count, Incoming, LinuxGuest, LinuxSettings, MachineKind, MemoryBackend, Qemu, QemuSpec};
 use vmstate::net::QmpAddress;
-use vmstate::source::MappedRamFile;
-use vmstate::{Cancel, Mode, Record, RestoreSettings, SaveSettings, Target, Then, Unobserved, Via};
-use vmstate_rig::{DEADLINE, StockLoad, client, stock_load, stock_save};
+use vmstate::source::{Format, MappedRamFile};
+use vmstate::{
+    Cancel, ConvertSettings, Mode, Record, RestoreSettings, SaveSettings, Target, Then, Unobserved, Via,
+};
+use vmstate_rig::{DEADLINE, StockLoad, client, stock_load, stock_migrate, stock_save};
 
 /// Every device that the issue of ordinary guests is about.
 const DEVICES: &str = "-smp 2 -device VGA -device qemu-xhci -device usb-tablet -device virtio-balloon-pci \
@@ -140,6 +142,29 @@ fn ram_offset(image: &Path) -> u64 {
     let image = MappedRamFile::open(image).unwrap();
     let ram = image.layout().blocks.iter().find(|block| block.name.as_str() == "pc.ram");
     ram.expect("the board's RAM").pages.start
+}
+
+/// A Linux guest that runs in QEMU 7.2 and is saved by it, as a stream, which is converted.
+#[test]
+fn a_linux_guest_of_qemu_7_2_goes_on_in_either_qemu_before_its_memory_has_come() {
+    let program = lab::assets_dir().join("qemu72/qemu-system-x86_64");
+    assert!(program.exists(), "QEMU 7.2 is not at {}: run `make setup`", program.display());
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let machine_version = Some("pc-q35-7.2".to_owned());
+    let new = QemuSpec { machine_version, ..spec(MachineKind::Q35, MemoryBackend::Plain, dir.path()) };
+    let old = QemuSpec { program, ..new.clone() };
+    let (stream, image) = (dir.path().join("stream"), dir.path().join("vm.img"));
+    let mut source = old.start().unwrap();
+    let count = next(&mut source, None);
+    client(&source).stop().unwrap();
+    stock_migrate(&source, "migrate", &format!("exec:cat > {}", stream.display()));
+    drop(source);
+    let settings = ConvertSettings::new(&stream, &image, Format::MappedRam);
+    vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved)
+        .unwrap_or_else(|error| panic!("{}", error.chain()));
+    for spec in [&old, &new] {
+        on_demand(spec, &image, count.clone());
+    }
 }
 
 #[test]

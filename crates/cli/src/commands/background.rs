@@ -12,7 +12,8 @@ use vmstate::{Answer, Cancel, Error, Observer, Progress, RestoreReport, Server};
 use super::Outcome;
 use super::restore::tell;
 use crate::args::ReportArgs;
-use crate::progress::Told;
+use crate::output::end_bars;
+use crate::progress::{Told, asked_by_signal, terminal_columns};
 use crate::signals::cancel_on_signals;
 
 /// The option that makes this program the server of a caller.
@@ -21,11 +22,13 @@ const SERVER: &str = "--background-server";
 /// Starts this program once more, as a server, and returns when the guest runs or the restore has failed.
 pub fn start() -> vmstate::Result<Outcome> {
     let cancel = cancel_on_signals()?;
+    let asked = asked_by_signal()?;
     let mut args: Vec<OsString> = std::env::args_os().skip(1).collect();
     // Behind the name of the command, which has no option before it.
-    args.insert(1.min(args.len()), SERVER.into());
+    let server = terminal_columns().map_or(SERVER.to_owned(), |columns| format!("{SERVER}={columns}"));
+    args.insert(1.min(args.len()), server.into());
     let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
-    match vmstate::start_server(this_program(), args, &cancel, &mut out, &mut err)? {
+    match vmstate::start_server(this_program(), args, &cancel, &asked, &mut out, &mut err)? {
         Answer::Running | Answer::Ended(0) => Ok(Outcome::Done),
         Answer::Ended(code) => Ok(Outcome::Exit(code)),
     }
@@ -48,7 +51,7 @@ pub struct Background {
 }
 
 impl Background {
-    /// Listens to the caller, which is at the other end of the standard input.
+    /// Listens to the caller, which is at the other end of the standard input; `told` answers when it asks.
     ///
     /// # Errors
     /// Where nobody is there, or the log cannot be written.
@@ -57,6 +60,7 @@ impl Background {
         image: &Path,
         report: ReportArgs,
         cancel: &Cancel,
+        told: &Told,
     ) -> vmstate::Result<Background> {
         let cannot = |what: &Path| {
             let clause = format!("cannot open {}", what.display());
@@ -68,7 +72,7 @@ impl Background {
         let nothing = File::options().read(true).write(true).open(null).map_err(cannot(null))?;
         let open = |path: &Path| File::options().append(true).create(true).open(path).map_err(cannot(path));
         let log = log.map(open).transpose()?;
-        let server = Mutex::new(Some(Server::serve(control, cancel)?));
+        let server = Mutex::new(Some(Server::serve(control, cancel, told.asker()?)?));
         Ok(Background { server, nothing, log, image: image.to_owned(), report })
     }
 
@@ -86,6 +90,8 @@ impl Background {
     fn leave(&self, report: &RestoreReport) {
         let server = self.server.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(server) = server else { return };
+        // The bar is the caller's, too.
+        end_bars();
         tell(report, &self.image, &self.report, Some(std::process::id()));
         server.let_go();
         let last_words = self.log.as_ref().unwrap_or(&self.nothing);

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use lab::bench::{
     Backend, BenchSettings, ConversionsSettings, DomainBenchSettings, GrowthSettings, ModesSettings, Style,
-    growth_svg, render, render_clones, render_conversions, render_domain, render_growth, render_modes, svg,
+    growth_svg, modes_svg, render, render_clones, render_conversions, render_domain, render_growth,
+    render_modes, svg,
 };
 use lab::demo::Narrator;
 use serde::Serialize;
@@ -70,6 +71,9 @@ pub fn run(args: &Bench) -> vmstate::Result<Outcome> {
             time_limit: args.rounds.is_none().then_some(MODES_TIME_LIMIT),
         };
         let report = lab::bench::modes(&settings, &cancel, &Teller)?;
+        if let Some(path) = &args.plot {
+            write_picture(path, &modes_svg(&report))?;
+        }
         return tell(args, &report, || render_modes(&report, style));
     }
     if let Some(counts) = &args.clones {

@@ -61,7 +61,7 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
     if args.resume {
         return take_up(args);
     }
-    if args.background.is_some() && !args.background_server {
+    if args.background.is_some() && args.background_server.is_none() {
         return background::start();
     }
     let target = match (args.qmp, args.qemu.is_empty()) {
@@ -108,11 +108,15 @@ pub fn run(args: Restore) -> vmstate::Result<Outcome> {
         wait: args.wait,
     };
     let cancel = cancel_on_signals()?;
+    let reporter = Reporter { verbose: args.report.verbose };
+    let told = match args.background_server {
+        Some(columns) => Told::start_on(reporter, args.progress.progress, columns)?,
+        None => Told::start(reporter, args.progress.progress)?,
+    };
     let left_behind = match args.background {
-        Some(log) => Some(Background::new(log.as_deref(), &settings.image, args.report, &cancel)?),
+        Some(log) => Some(Background::new(log.as_deref(), &settings.image, args.report, &cancel, &told)?),
         None => None,
     };
-    let told = Told::start(Reporter { verbose: args.report.verbose }, args.progress.progress)?;
     let restored = match &left_behind {
         Some(background) => vmstate::restore(&settings, &cancel, &background.telling(&told)),
         None => vmstate::restore(&settings, &cancel, &told),

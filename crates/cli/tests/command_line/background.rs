@@ -1,9 +1,11 @@
 //! `vmstate restore --background`: the caller has its answer, and a process of its own gives the guest its memory.
 
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::time::Instant;
 
 use lab::{Incoming, QemuSpec, Serial};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -183,4 +185,93 @@ fn a_signal_before_the_guest_runs_ends_the_restore_and_so_does_the_end_of_the_ca
     child.kill().unwrap();
     child.wait().unwrap();
     wait_for_the_end(&qemu);
+}
+
+/// A restore in the background in a terminal of 60 columns, its stdout in a file; and its process.
+fn in_a_terminal(words: &str, stdout: &Path) -> (Child, Pid) {
+    let pid_file = stdout.with_extension("pid");
+    let line = format!(
+        "stty cols 60; echo $$ > {0}.new; mv {0}.new {0}; exec {1} restore --background{words} > {2}",
+        pid_file.display(),
+        env!("CARGO_BIN_EXE_vmstate"),
+        stdout.display()
+    );
+    let child = std::process::Command::new("script")
+        .args(["-qefc", &line, "/dev/null"])
+        .env("TERM", "vt100")
+        .env("SHELL", "/bin/sh")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("script, which every Debian has");
+    let end = Instant::now() + DEADLINE;
+    let pid = loop {
+        if let Ok(text) = std::fs::read_to_string(&pid_file) {
+            break text.trim().parse().unwrap();
+        }
+        assert!(Instant::now() < end, "it has not started");
+        std::thread::yield_now();
+    };
+    (child, Pid::from_raw(pid).unwrap())
+}
+
+/// Reads on until `words` stand there.
+fn read_until(words: &str, from: &mut impl Read, text: &mut String) {
+    while !text.contains(words) {
+        let mut bytes = [0; 4096];
+        let len = from.read(&mut bytes).unwrap();
+        assert_ne!(len, 0, "it ended without `{words}`: {text:?}");
+        text.push_str(&String::from_utf8_lossy(&bytes[..len]));
+    }
+}
+
+#[test]
+fn the_caller_has_the_bar_and_the_answer_to_a_signal_until_it_is_let_go() {
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    let round = save(&image);
+    let waiting = || QemuSpec { incoming: Incoming::Defer, ..spec() }.start().unwrap();
+    let target = waiting();
+    // At this rate it takes hours.
+    let words = |mode: &str, target: &lab::Qemu| {
+        let (qmp, image) = (target.qmp_path(), image.display());
+        format!(" --mode {mode} --via socket --json --max-bandwidth 64K --qmp {} {image}", qmp.display())
+    };
+    let (mut child, pid) = in_a_terminal(&words("eager", &target), &dir.path().join("eager"));
+    let (mut terminal, mut text) = (child.stdout.take().unwrap(), String::new());
+    read_until("\r\x1b[Kload", &mut terminal, &mut text);
+    kill_process(pid, Signal::USR1).unwrap();
+    read_until(" so far\r\n", &mut terminal, &mut text);
+    kill_process(pid, Signal::INT).unwrap();
+    terminal.read_to_string(&mut text).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{text:?}");
+    let mut lines = text.split("\r\n").map(|line| line.rsplit("\r\x1b[K").next().unwrap());
+    assert!(lines.next().unwrap().starts_with("load: "), "{text:?}");
+    assert_eq!(lines.collect::<Vec<_>>(), ["error: interrupted", ""], "no bar is left: {text:?}");
+    let bars = text.split("\r\x1b[K").filter(|part| !part.contains('\n'));
+    assert!(bars.map(|bar| bar.chars().count()).max().unwrap() < 60, "{text:?}");
+
+    let (mut target, log) = (waiting(), dir.path().join("log"));
+    let words = format!("={}{}", log.display(), words("lazy", &target).replace("--via socket ", ""));
+    let (child, _) = in_a_terminal(&words, &dir.path().join("lazy"));
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{text:?}");
+    assert!(text.is_empty() || text.ends_with("\x1b[K"), "a bar is left: {text:?}");
+    let report = std::fs::read_to_string(dir.path().join("lazy")).unwrap();
+    let server = pid_of(&serde_json::from_str(&report).unwrap(), "server_pid");
+    let process = held(server).unwrap();
+    target.wait_for_round(round + 1, DEADLINE).unwrap();
+    kill_process(server, Signal::USR1).unwrap();
+    let end = Instant::now() + DEADLINE;
+    let said = loop {
+        match std::fs::read_to_string(&log) {
+            Ok(said) if said.ends_with(" so far\n") => break said,
+            said => assert!(Instant::now() < end, "no answer: {said:?}"),
+        }
+        std::thread::yield_now();
+    };
+    assert!(said.lines().count() == 1 && !said.contains('\x1b'), "the bar was the caller's: {said:?}");
+    kill_process(server, Signal::KILL).unwrap();
+    wait_for_the_end(&process);
 }

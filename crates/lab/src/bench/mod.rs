@@ -7,6 +7,7 @@
 mod budget;
 mod clone;
 mod conversions;
+mod curves;
 mod domain;
 mod fleet;
 mod growth;
@@ -14,6 +15,7 @@ mod guests;
 mod measure;
 mod meter;
 mod modes;
+mod modes_plot;
 mod plan;
 mod plot;
 mod pool;
@@ -37,6 +39,7 @@ pub use growth::{
     render_growth,
 };
 pub use modes::{ModeRow, ModesReport, ModesSettings, modes, render_modes};
+pub use modes_plot::modes_svg;
 pub use plot::svg;
 pub use run::bench;
 pub use statistics::Interval;

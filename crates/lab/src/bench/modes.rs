@@ -8,13 +8,13 @@ use vmstate::job::ceiling;
 use vmstate::qmp::Client;
 use vmstate::{Cancel, Error, Mode, ReadySerial, Record, Result, net::QmpAddress};
 
-use super::Way;
 use super::clone::{Clone, available_bytes, failed, make_image, spec};
 use super::measure::leave_cache;
 use super::room::Room;
 use super::statistics::{interval, median};
 use super::stock::{self, Abilities};
 use super::table::{Cells, Style, factor, lay_out};
+use super::{Machine, Way};
 use crate::demo::Narrator;
 use crate::{GuestSettings, Incoming, QemuSpec};
 
@@ -28,7 +28,7 @@ const MARGIN_MIB: u64 = 256;
 const IDLE_WEIGHT_MIB: u64 = 512;
 /// How far the first instructions of guests of all sizes may be apart, and how long after QEMU is ready they may be.
 const APART_MS_MAX: f64 = 20.0;
-const FROM_READY_MS_MAX: f64 = 50.0;
+pub const FROM_READY_MS_MAX: f64 = 50.0;
 /// How much of its ceiling a fill is to reach while the guest's processors stand still.
 const FILL_AT_LEAST: f64 = 0.8;
 
@@ -49,6 +49,8 @@ pub struct ModesSettings {
 /// What was measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ModesReport {
+    /// What the numbers depend on.
+    pub machine: Machine,
     /// By load, size and way.
     pub rows: Vec<ModeRow>,
     /// What was left out and why, and what the rows say of the promise that the size does not matter.
@@ -159,6 +161,7 @@ pub fn modes(settings: &ModesSettings, cancel: &Cancel, narrator: &dyn Narrator)
     let dir = images(&settings.directory)?;
     let image = dir.path().join("vm.img");
     let direct_io = ceiling::takes_direct_io(dir.path())?;
+    let machine = machine(&settings.directory, cancel)?;
     let (mut rows, mut notes) = (Vec::new(), Vec::new());
     let mut guests: Vec<(bool, u64)> = [false, true]
         .into_iter()
@@ -228,7 +231,15 @@ pub fn modes(settings: &ModesSettings, cancel: &Cancel, narrator: &dyn Narrator)
         }
     }
     notes.extend(flatness(&rows));
-    Ok(ModesReport { rows, notes, took_s: started.elapsed().as_secs_f64() })
+    Ok(ModesReport { machine, rows, notes, took_s: started.elapsed().as_secs_f64() })
+}
+
+/// What the numbers depend on; QEMU tells its version itself.
+fn machine(directory: &Path, cancel: &Cancel) -> Result<Machine> {
+    let spec = QemuSpec { incoming: Incoming::Defer, ..spec(64, GuestSettings::default()) };
+    let qemu = spec.start().map_err(failed)?;
+    let mut client = Client::connect(&QmpAddress::Unix(qemu.qmp_path()), cancel)?;
+    Ok(Machine::here(client.version()?.to_string(), Room::found(directory)?.file_system))
 }
 
 /// Why such a guest is left out; `None` where there is room.
@@ -431,8 +442,42 @@ pub fn mib(bytes: u64) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// A report of a machine that nobody has.
+    pub fn report() -> ModesReport {
+        let mut rows = Vec::new();
+        for is_dirty in [false, true] {
+            for memory_mib in [256_u64, 1024, 4096, 8192] {
+                let all = if is_dirty { memory_mib as f64 } else { 8.0 };
+                for contender in Contender::ALL {
+                    if !is_dirty && !contender.is_for_idle() {
+                        continue;
+                    }
+                    let (from_ready, resident) = match contender {
+                        Contender::Qemu | Contender::Eager => (20.0 + all, Some(80.0 + all)),
+                        Contender::Map => (17.0, None),
+                        Contender::MapWait => (17.0, Some(90.0 + all)),
+                        Contender::Lazy | Contender::LazyStopped => (14.0, Some(90.0 + all * 1.2)),
+                        Contender::ReadCeiling | Contender::LazyCeiling => (0.0, Some(all)),
+                    };
+                    let is_ours = from_ready > 0.0;
+                    let sample = Sample {
+                        first_instruction: is_ours.then_some(from_ready + 60.0),
+                        from_ready: is_ours.then_some(from_ready),
+                        guest_ready: is_ours.then_some(from_ready + 70.0 + all * 1.1),
+                        resident,
+                        fill: None,
+                        read_bytes: 5,
+                    };
+                    rows.push(row(memory_mib, is_dirty, contender, &[sample]));
+                }
+            }
+        }
+        let machine = super::super::table::tests::report().machine;
+        ModesReport { machine, rows, notes: Vec::new(), took_s: 1.0 }
+    }
 
     fn sample(ms: f64) -> Sample {
         Sample {
@@ -479,7 +524,7 @@ mod tests {
         let late = [&rows[..], &[row(8192, true, Contender::Map, &[sample(51.0)])]].concat();
         assert!(flatness(&late)[0].ends_with("apart: **missed**; at most 50 ms: **missed**"), "{late:?}");
         assert_eq!(flatness(&rows[..1]), Vec::<String>::new(), "one size says nothing");
-        let report = ModesReport { rows, notes: vec![expected.to_owned()], took_s: 1.0 };
+        let report = ModesReport { rows, notes: vec![expected.to_owned()], ..report() };
         let text = render_modes(&report, Style::Markdown);
         assert!(text.ends_with(&format!("* {expected}\n")), "{text}");
         assert!(text.contains("| 256 MiB idle | map | 105.0 | 5.0 | 5.0 | – | – | – | 0.0 | 1 |"), "{text}");

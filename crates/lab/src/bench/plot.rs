@@ -25,7 +25,7 @@ const VALUE: f64 = 58.0;
 pub const INK: &str = "#1f2430";
 pub const QUIET: &str = "#6b7280";
 /// What keeps words readable where a line runs behind them.
-const HALO: &str = "paint-order=\"stroke\" stroke=\"#ffffff\" stroke-width=\"3\"";
+pub const HALO: &str = "paint-order=\"stroke\" stroke=\"#ffffff\" stroke-width=\"3\"";
 pub const RULE: &str = "#e5e7eb";
 
 /// A colour for each way: QEMU's are cool and grow darker the faster they should be, ours is warm.

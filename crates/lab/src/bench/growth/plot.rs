@@ -4,140 +4,18 @@ use std::fmt::Write;
 
 use super::GrowthReport;
 use crate::bench::Backend;
-use crate::bench::plot::{INK, QUIET, RULE, label};
-use crate::bench::table::time;
+use crate::bench::curves::{Curve, Panel, Scale, decade};
+use crate::bench::plot::{INK, QUIET, label};
 
 const WIDTH: f64 = 1200.0;
 const HEIGHT: f64 = 576.0;
 const MARGIN: f64 = 40.0;
 const TOP: f64 = 172.0;
 const BOTTOM: f64 = HEIGHT - 74.0;
-/// What the words of the vertical axis take.
-const AXIS: f64 = 54.0;
-/// What the words at the end of a curve take.
-const END: f64 = 78.0;
 
 const OURS: &str = "#e4572e";
 const QEMUS: &str = "#5f799c";
 const CEILING: &str = "#9aa3af";
-
-/// A curve: where its points are, how it is drawn, and what is said at its end.
-struct Curve {
-    points: Vec<(f64, f64)>,
-    colour: &'static str,
-    is_dashed: bool,
-    width: f64,
-}
-
-/// A panel, and how its numbers become places.
-struct Panel {
-    left: f64,
-    right: f64,
-    x: Scale,
-    y: Scale,
-}
-
-/// Numbers on an axis.
-#[derive(Clone, Copy)]
-struct Scale {
-    low: f64,
-    high: f64,
-    is_log: bool,
-}
-
-impl Scale {
-    /// From 0 to 1.
-    fn part(self, value: f64) -> f64 {
-        match self.is_log {
-            true => (value / self.low).ln() / (self.high / self.low).ln(),
-            false => (value - self.low) / (self.high - self.low),
-        }
-    }
-}
-
-impl Panel {
-    fn place(&self, (x, y): (f64, f64)) -> (f64, f64) {
-        let (from, to) = (self.left + AXIS, self.right - END);
-        (from + self.x.part(x) * (to - from), BOTTOM - self.y.part(y) * (BOTTOM - TOP))
-    }
-
-    fn draw(&self, text: &mut String, title: &str, below: &str, ticks: &[(f64, String)], curves: &[Curve]) {
-        let style = format!("font-size=\"15\" font-weight=\"600\" fill=\"{INK}\"");
-        label(text, self.left, TOP - 24.0, title, &style);
-        let mut step = self.y.low;
-        while step <= self.y.high * 1.0001 {
-            let (_, y) = self.place((self.x.low, step));
-            let (from, to) = (self.left + AXIS, self.right - END);
-            _ = writeln!(
-                text,
-                "<path d=\"M{from:.1} {y:.1}H{to:.1}\" stroke=\"{RULE}\" stroke-width=\"1\"/>"
-            );
-            let style = format!("text-anchor=\"end\" font-size=\"11\" fill=\"{QUIET}\"");
-            label(text, from - 8.0, y + 4.0, &round_time(step), &style);
-            step = if self.y.is_log { step * 10.0 } else { step + (self.y.high - self.y.low) / 4.0 };
-        }
-        for (x, words) in ticks {
-            let (x, _) = self.place((*x, self.y.low));
-            let style = format!("text-anchor=\"middle\" font-size=\"11\" fill=\"{QUIET}\"");
-            label(text, x, BOTTOM + 20.0, words, &style);
-        }
-        let style = format!("text-anchor=\"middle\" font-size=\"12\" fill=\"{QUIET}\"");
-        label(text, (self.left + AXIS + self.right - END) / 2.0, BOTTOM + 42.0, below, &style);
-        for curve in curves {
-            self.curve(text, curve);
-        }
-        self.ends(text, curves);
-    }
-
-    fn curve(&self, text: &mut String, curve: &Curve) {
-        let places: Vec<(f64, f64)> = curve.points.iter().map(|point| self.place(*point)).collect();
-        let path: Vec<String> = places.iter().map(|(x, y)| format!("{x:.1} {y:.1}")).collect();
-        let dashes = if curve.is_dashed { " stroke-dasharray=\"6 4\"" } else { "" };
-        let (colour, width) = (curve.colour, curve.width);
-        _ = writeln!(
-            text,
-            "<path d=\"M{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"{width}\" stroke-linejoin=\"round\" \
-             stroke-linecap=\"round\"{dashes}/>",
-            path.join("L")
-        );
-        for (x, y) in places {
-            _ = writeln!(
-                text,
-                "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{:.1}\" fill=\"#ffffff\" stroke=\"{colour}\" \
-                 stroke-width=\"{width}\"/>",
-                width + 1.2
-            );
-        }
-    }
-
-    /// What each curve comes to, right of its end; those that end close to each other are moved apart.
-    fn ends(&self, text: &mut String, curves: &[Curve]) {
-        let mut ends: Vec<(f64, f64, f64, &str)> = curves
-            .iter()
-            .filter_map(|curve| {
-                let last = *curve.points.last()?;
-                let (x, y) = self.place(last);
-                Some((x, y, last.1, curve.colour))
-            })
-            .collect();
-        ends.sort_by(|a, b| a.1.total_cmp(&b.1));
-        let mut above = f64::NEG_INFINITY;
-        for (x, y, ms, colour) in ends {
-            let y = y.max(above + 14.0);
-            above = y;
-            let style = format!("font-size=\"11\" font-weight=\"600\" fill=\"{colour}\"");
-            label(text, x + 9.0, y + 4.0, &time(ms), &style);
-        }
-    }
-}
-
-/// A time on an axis: a round number.
-fn round_time(ms: f64) -> String {
-    match ms {
-        ms if ms < 1000.0 => format!("{ms:.0} ms"),
-        ms => format!("{} s", (ms / 100.0).round() / 10.0),
-    }
-}
 
 /// Draws the picture: an SVG file.
 pub fn growth_svg(report: &GrowthReport) -> String {
@@ -210,16 +88,12 @@ fn sizes(text: &mut String, report: &GrowthReport, (left, right): (f64, f64)) {
     curves.retain(|curve| !curve.points.is_empty());
     let values = || curves.iter().flat_map(|curve| &curve.points).map(|(_, ms)| *ms);
     let (least, most) = (values().fold(f64::INFINITY, f64::min), values().fold(1.0, f64::max));
-    let decade = |ms: f64, up: bool| {
-        let exponent = ms.max(0.1).log10();
-        10_f64.powf(if up { exponent.ceil() } else { exponent.floor() })
-    };
     let y = Scale { low: decade(least, false), high: decade(most * 1.01, true), is_log: true };
     let (first, last) = (all.first().copied().unwrap_or(1), all.last().copied().unwrap_or(2));
     let x = Scale { low: gib(first), high: gib(last.max(first * 2)), is_log: true };
     let ticks: Vec<(f64, String)> =
         all.iter().map(|&mib| (gib(mib), crate::bench::table::short_size(mib << 20))).collect();
-    let panel = Panel { left, right, x, y };
+    let panel = Panel { left, right, top: TOP, bottom: BOTTOM, x, y };
     panel.draw(text, "An idle guest: the more memory it has", "memory, 8 MiB of it in use", &ticks, &curves);
 }
 
@@ -248,7 +122,8 @@ fn shares(text: &mut String, report: &GrowthReport, (left, right): (f64, f64)) {
     let size = report.shares.first().map_or(0, |row| row.memory_mib);
     let title =
         format!("A guest of {}: the more of it is touched", crate::bench::table::short_size(size << 20));
-    Panel { left, right, x, y }.draw(text, &title, "memory that the guest has filled", &ticks, &curves);
+    let panel = Panel { left, right, top: TOP, bottom: BOTTOM, x, y };
+    panel.draw(text, &title, "memory that the guest has filled", &ticks, &curves);
 }
 
 #[cfg(test)]

@@ -22,6 +22,8 @@ use crate::{Error, Kind, Result};
 
 /// What the server writes on its control socket when the guest runs.
 const RUNNING: u8 = b'r';
+/// What is written to it when somebody asks how far it is.
+const ASKED: u8 = b'?';
 /// How much of what it says is passed on at once.
 const CHUNK: usize = 16 << 10;
 /// The exit code of a server that a signal has ended, beside the signal's number: as shells tell it.
@@ -44,7 +46,8 @@ pub struct Server {
 }
 
 /// Starts `program` with these arguments as a server, in a session of its own and with none of our descriptors, and
-/// passes on what it says to `out` and `err`, until it lets go of them. Thrown, `cancel` is passed on as well.
+/// passes on what it says to `out` and `err`, until it lets go of them. Thrown, `cancel` is passed on as well, and so
+/// is that somebody asks how far it is: something to read in `asked`, which does not block.
 ///
 /// # Errors
 /// [`Kind::Io`] where it cannot be started or heard.
@@ -52,6 +55,7 @@ pub fn start_server<'a>(
     program: PathBuf,
     args: Vec<OsString>,
     cancel: &Cancel,
+    asked: &UnixStream,
     out: &'a mut dyn Write,
     err: &'a mut dyn Write,
 ) -> Result<Answer> {
@@ -67,9 +71,10 @@ pub fn start_server<'a>(
     let mut child = program.spawn_detached_reading(theirs.into(), output).map_err(cannot)?;
 
     let mut streams = vec![(stdout, out), (stderr, err)];
-    let mut cancel = Some(cancel);
+    let (mut cancel, mut asked) = (Some(cancel), Some(asked));
     while !streams.is_empty() {
         let mut fds: Vec<_> = streams.iter().map(|(from, _)| PollFd::new(from, PollFlags::IN)).collect();
+        fds.extend(asked.map(|asked| PollFd::new(asked, PollFlags::IN)));
         fds.extend(cancel.map(|cancel| PollFd::new(cancel, PollFlags::IN)));
         match poll(&mut fds, None) {
             Ok(_) => {}
@@ -82,6 +87,16 @@ pub fn start_server<'a>(
             // It reads the end, and heeds it as long as the guest cannot run.
             cancel = None;
             let _ = control.shutdown(Shutdown::Write);
+        }
+        if let Some(mut asking) = asked
+            && has.pop() == Some(true)
+        {
+            match asking.read(&mut [0; 64]) {
+                Ok(0) => asked = None,
+                // A server that ends at this moment has nothing more to tell.
+                Ok(_) => drop((&control).write_all(&[ASKED])),
+                Err(_) => {}
+            }
         }
         for index in (0..has.len()).rev().filter(|index| has[*index]) {
             let (from, to) = &mut streams[index];
@@ -127,11 +142,12 @@ fn answer(mut control: &UnixStream, child: &mut Child) -> Result<Answer> {
 
 impl Server {
     /// What this process is, if it was started by [`start_server`]: `control` is its standard input. Throws `cancel`
-    /// when whoever started it ends or wants it to end, until [`Server::let_go`].
+    /// when whoever started it ends or wants it to end, and calls `asked` when it asks how far this is, until
+    /// [`Server::let_go`].
     ///
     /// # Errors
     /// [`Kind::Misuse`] where the standard input is no socket; [`Kind::Io`].
-    pub fn serve(control: OwnedFd, cancel: &Cancel) -> Result<Server> {
+    pub fn serve(control: OwnedFd, cancel: &Cancel, asked: impl Fn() + Send + 'static) -> Result<Server> {
         rustix::net::sockopt::socket_type(&control).map_err(|_| {
             Error::new(Kind::Misuse, "the standard input of a server is no socket")
                 .hint("use --background, which starts the server")
@@ -144,8 +160,15 @@ impl Server {
         std::thread::Builder::new()
             .name("caller".to_owned())
             .spawn(move || {
-                // Nothing is ever said there: what comes is the end.
-                let _ = (&listened).read(&mut [0]);
+                let mut byte = [0];
+                loop {
+                    match (&listened).read(&mut byte) {
+                        Ok(1) if byte == [ASKED] => asked(),
+                        Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                        // The end, and so is what nobody says.
+                        _ => break,
+                    }
+                }
                 if !is_over.load(Ordering::Acquire) {
                     cancel.cancel();
                 }
