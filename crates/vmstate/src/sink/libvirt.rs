@@ -248,9 +248,15 @@ mod tests {
 
     #[test]
     fn what_fails_behind_a_compressor_is_told_as_what_it_is() {
-        // Pieces that compress badly, so that the disk is full while there is more to come.
-        let bytes: Vec<u8> =
-            (0..64u64 << 20).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as u8).collect();
+        // What cannot be compressed, so that the disk is full while there is more to come.
+        let mut state = 1u64;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()
+        };
+        let bytes: Vec<u8> = (0..1u64 << 20).flat_map(|_| next()).collect();
         let enough = 2 * bytes.len();
         for format in [PayloadFormat::Gzip, PayloadFormat::Zstd, PayloadFormat::Lzop] {
             let write = |room: usize| {
