@@ -1,5 +1,6 @@
 //! What every format takes of a guest, to write it: its shape and pages, then its device state.
 
+use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
 
@@ -83,6 +84,10 @@ pub(crate) fn write_failed(error: std::io::Error) -> Error {
     Error::from_within(error).unwrap_or_else(|error| Error::io("cannot write the image", error))
 }
 
+fn not_lengthened(error: std::io::Error) -> Error {
+    Error::io("cannot set the length of the image", error)
+}
+
 /// A pipe, or the standard output.
 struct Piped {
     /// `None` once it is finished.
@@ -118,6 +123,9 @@ const GRAIN: u32 = 4096;
 /// How many bytes go to a lane at once.
 const PIECE: usize = (PIECE_GRAINS * GRAIN) as usize;
 
+/// How far a file is made longer ahead of what is written into it, in bytes.
+const AHEAD: u64 = 256 << 20;
+
 /// A file that is written front to back by lanes: what is gathered goes to them a MiB at a time.
 struct LaneBytes {
     /// `None` once it is finished.
@@ -129,6 +137,9 @@ struct LaneBytes {
     written: Vec<u8>,
     /// Where in the file the next piece begins.
     at: u64,
+    /// A new file, and how long it was made: a write that lengthens a file has it for itself, and the others wait.
+    file: Option<File>,
+    grown: u64,
 }
 
 impl LaneBytes {
@@ -152,6 +163,11 @@ impl LaneBytes {
             gathered_len: 0,
             written: Vec::new(),
             at: target.start(),
+            file: match target {
+                Target::Draft(draft) => Some(draft.buffered().try_clone().map_err(not_lengthened)?),
+                _ => None,
+            },
+            grown: 0,
         })
     }
 
@@ -187,6 +203,13 @@ impl LaneBytes {
         let mask = page::Mask::range(0, len.div_ceil(GRAIN) as usize).0;
         let target = self.at;
         self.at += u64::from(len);
+        if let Some(file) = &self.file
+            && self.at > self.grown
+        {
+            self.grown = self.at + AHEAD;
+            // Where it is not to be had, the writes are slower and just as right.
+            let _ = file.set_len(self.grown);
+        }
         let region = self.staging.hand_parts(std::mem::take(&mut self.gathered));
         Ok(lanes.deal(Piece { region, offset: 0, target, grain: GRAIN, len, mask })?)
     }
@@ -233,7 +256,11 @@ impl ByteSink for LaneBytes {
         if let Some(lanes) = self.lanes.take() {
             lanes.finish()?;
         }
-        dealt
+        dealt?;
+        match &self.file {
+            Some(file) if self.grown > 0 => file.set_len(self.at).map_err(not_lengthened),
+            _ => Ok(()),
+        }
     }
 }
 

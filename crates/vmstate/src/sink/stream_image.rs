@@ -18,7 +18,7 @@ use crate::{Error, Result};
 /// How many bytes of records come together before they are written.
 const WRITE_LEN: usize = 1 << 20;
 /// How many threads read pages and make their records: each waits for one request at a time.
-const MAKERS: usize = 4;
+const MAKERS: usize = 3;
 /// What a record has beside its page, and a stream beside its records, generously.
 const RECORD_LEN: u64 = 9;
 const HEAD_LEN: u64 = 64 << 10;
