@@ -51,7 +51,7 @@ pub use inflow::Inflow;
 pub use lane::{LaneError, LaneOptions, LaneSettings, LaneTarget, PositionedWrite, RingWrite, WriteLanes};
 pub use outflow::{Outflow, OutflowError};
 pub use owner::{Owner, OwnerError};
-pub use page_taker::{PageContent, PageTaker, PagesTaken};
+pub use page_taker::{PageContent, PageTaker, PagesTaken, is_zero};
 pub use place::{HEAD_LEN, Place};
 pub use rate_limit::RateLimit;
 pub use residency::cached_bytes;

@@ -91,7 +91,8 @@ impl PageTaker {
     }
 }
 
-fn is_zero(page: &[u8]) -> bool {
+/// Whether a page, which nobody else changes, is nothing but zeros.
+pub fn is_zero(page: &[u8]) -> bool {
     // Nearly every page that is not zero shows it at once.
     page.chunks(256).all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }

@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use super::curves::{Curve, END, Panel, Scale, decade, round_time};
 use super::modes::{FROM_READY_MS_MAX, ModeRow, ModesReport};
-use super::plot::{HALO, INK, QUIET, RULE, label};
+use super::plot::{HALO, INK, QUIET, RULE, begin, label};
 use super::table::{short_size, time};
 
 const WIDTH: f64 = 1200.0;
@@ -42,12 +42,7 @@ pub fn modes_svg(report: &ModesReport) -> String {
     let lower = LOWER + HEAD + lines.fold(0.0, f64::max) - GAP;
     let height = lower + 54.0;
     let mut text = String::new();
-    _ = write!(
-        text,
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH:.0} {height:.0}\" width=\"{WIDTH:.0}\" \
-         height=\"{height:.0}\" font-family=\"system-ui, 'Segoe UI', Helvetica, Arial, sans-serif\" font-size=\"13\">\n\
-         <rect width=\"{WIDTH:.0}\" height=\"{height:.0}\" rx=\"14\" fill=\"#ffffff\"/>\n"
-    );
+    begin(&mut text, WIDTH, height);
     head(&mut text, report);
     let middle = WIDTH / 2.0;
     let places = [(MARGIN, middle - 20.0), (middle + 20.0, WIDTH - MARGIN)];

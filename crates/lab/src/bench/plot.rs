@@ -62,16 +62,21 @@ pub fn svg(report: &BenchReport) -> String {
     }
     let height = top - PANEL_GAP * 0.75 + MARGIN;
     let mut text = String::new();
-    _ = write!(
-        text,
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH:.0} {height:.0}\" width=\"{WIDTH:.0}\" \
-         height=\"{height:.0}\" font-family=\"system-ui, 'Segoe UI', Helvetica, Arial, sans-serif\" font-size=\"13\">\n\
-         <rect width=\"{WIDTH:.0}\" height=\"{height:.0}\" rx=\"14\" fill=\"#ffffff\"/>\n"
-    );
+    begin(&mut text, WIDTH, height);
     head(&mut text, report);
     text.push_str(&body);
     text.push_str("</svg>\n");
     text
+}
+
+/// Begins a picture of this size: its page, on which everything else is drawn.
+pub fn begin(text: &mut String, width: f64, height: f64) {
+    _ = write!(
+        text,
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width:.0} {height:.0}\" width=\"{width:.0}\" \
+         height=\"{height:.0}\" font-family=\"system-ui, 'Segoe UI', Helvetica, Arial, sans-serif\" font-size=\"13\">\n\
+         <rect width=\"{width:.0}\" height=\"{height:.0}\" rx=\"14\" fill=\"#ffffff\"/>\n"
+    );
 }
 
 fn head(text: &mut String, report: &BenchReport) {

@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use io::{Cancel, Counters, LaneSettings, Outflow, PIECE_GRAINS, Part, Piece, Staging, Target, WriteLanes};
 
+use rustix::process::{Resource, getrlimit};
+
 use super::Domain;
 use crate::source::{GuestShape, Pages, Tail};
 use crate::{Error, Result};
@@ -207,8 +209,11 @@ impl LaneBytes {
             && self.at > self.grown
         {
             self.grown = self.at + AHEAD;
-            // Where it is not to be had, the writes are slower and just as right.
-            let _ = file.set_len(self.grown);
+            // Where it is not to be had, the writes are slower and just as right. To ask for more than a process may
+            // have of a file would end it.
+            if getrlimit(Resource::Fsize).current.is_none_or(|limit| self.grown <= limit) {
+                let _ = file.set_len(self.grown);
+            }
         }
         let region = self.staging.hand_parts(std::mem::take(&mut self.gathered));
         Ok(lanes.deal(Piece { region, offset: 0, target, grain: GRAIN, len, mask })?)

@@ -233,7 +233,7 @@ impl<'a, 'b> Gathering<'a, 'b> {
         }
         let Some(open) = &mut self.open else { return Ok(()) };
         let page = (index - first.0) as usize;
-        match data.filter(|data| !super::stream_image::is_zero(data)) {
+        match data.filter(|data| !io::is_zero(data)) {
             Some(data) => {
                 let at = page * size.bytes() as usize;
                 open.bytes[at..at + data.len()].copy_from_slice(data);

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use io::AlignedBuffer;
+use io::{AlignedBuffer, is_zero};
 use page::{Mask, PageIndex, WINDOW_PAGES};
 use wire::mapped_ram::encode_ram_end;
 use wire::qemu::{Item, Preamble, RamSetup, RecordEncoder};
@@ -174,11 +174,6 @@ fn setup(shape: &GuestShape) -> RamSetup {
         ..block.clone()
     };
     RamSetup { blocks: shape.blocks.iter().map(plain).collect(), multifd_flush: false }
-}
-
-pub(super) fn is_zero(page: &[u8]) -> bool {
-    // Nearly every page that is not zero shows it at once.
-    page.chunks(256).all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 impl Sink for StreamSink {

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::GrowthReport;
 use crate::bench::Backend;
 use crate::bench::curves::{Curve, Panel, Scale, decade};
-use crate::bench::plot::{INK, QUIET, label};
+use crate::bench::plot::{INK, QUIET, begin, label};
 
 const WIDTH: f64 = 1200.0;
 const HEIGHT: f64 = 576.0;
@@ -20,12 +20,7 @@ const CEILING: &str = "#9aa3af";
 /// Draws the picture: an SVG file.
 pub fn growth_svg(report: &GrowthReport) -> String {
     let mut text = String::new();
-    _ = write!(
-        text,
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH:.0} {HEIGHT:.0}\" width=\"{WIDTH:.0}\" \
-         height=\"{HEIGHT:.0}\" font-family=\"system-ui, 'Segoe UI', Helvetica, Arial, sans-serif\" font-size=\"13\">\n\
-         <rect width=\"{WIDTH:.0}\" height=\"{HEIGHT:.0}\" rx=\"14\" fill=\"#ffffff\"/>\n"
-    );
+    begin(&mut text, WIDTH, HEIGHT);
     head(&mut text, report);
     let middle = WIDTH / 2.0;
     if !report.sizes.is_empty() {
