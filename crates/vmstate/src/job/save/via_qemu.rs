@@ -24,6 +24,13 @@ pub(crate) const BANDWIDTH_MAX: u64 = 1 << 60;
 /// A file system with fewer bytes than these was full when QEMU could not write to it.
 const FULL_LEN: u64 = 64 << 10;
 
+/// What QEMU says of a multifd channel that failed when its main thread comes first: the -1 of a function is taken for
+/// an error number, and the channel's own reason is lost (migration/ram.c, ram_save_iterate; QEMU 10.0).
+const CHANNEL_FAILED: &str = "Channel error: Operation not permitted";
+/// What helps where these words are all there is.
+const CHANNEL_HINT: &str = "nothing was forbidden, QEMU has lost the reason of a channel that could not write: see \
+     whether the disk is full, and what the kernel's log says of it";
+
 /// A rate as a value of QEMU's `max-bandwidth`.
 fn as_qemu_takes_it(rate: Rate) -> u64 {
     rate.bytes_per_s().get().min(BANDWIDTH_MAX)
@@ -92,13 +99,7 @@ pub(super) fn carry(
     })?;
     if end.status != "completed" {
         let reason = end.error.unwrap_or_else(|| format!("status `{}`", end.status));
-        let error = Error::new(Kind::Peer, format!("QEMU could not save the guest: {reason}"));
-        // QEMU gives its reasons in the words of the C library, which has two for this; of the first bytes of all it
-        // knows nothing but that they could not be written.
-        let full =
-            ["No space left on device", "Disk quota exceeded"].iter().any(|words| reason.contains(words))
-                || target.room_bytes().ok().flatten().is_some_and(|room| room < FULL_LEN);
-        return Err(if full { error.hint(FULL_HINT) } else { error });
+        return Err(failure(&reason, || target.room_bytes().ok().flatten()));
     }
     watch.progress.complete();
     session.remove_fdset(fdset)?;
@@ -121,6 +122,22 @@ pub(super) fn carry(
         read_at,
         memory_bytes: anonymous_memory_bytes(),
     })
+}
+
+/// A save that QEMU gave up for `reason`, on a file system with `room` bytes left where that is known.
+fn failure(reason: &str, room: impl FnOnce() -> Option<u64>) -> Error {
+    let error = Error::new(Kind::Peer, format!("QEMU could not save the guest: {reason}"));
+    // QEMU gives its reasons in the words of the C library, which has two for this; of the first bytes of all it
+    // knows nothing but that they could not be written.
+    let full = ["No space left on device", "Disk quota exceeded"].iter().any(|words| reason.contains(words))
+        || room().is_some_and(|room| room < FULL_LEN);
+    if full {
+        error.hint(FULL_HINT)
+    } else if reason.contains(CHANNEL_FAILED) {
+        error.hint(CHANNEL_HINT)
+    } else {
+        error
+    }
 }
 
 /// Refuses a guest that sleeps (ACPI S3). QEMU has no way from `postmigrate` back to `suspended`: the `cont` that is
@@ -231,6 +248,16 @@ mod tests {
         global_state::patch_run_state(&mut bytes[at..], state).unwrap();
         bytes.extend_from_slice(&[QEMU_VM_SECTION_FOOTER, 0, 0, 0, id]);
         bytes
+    }
+
+    #[test]
+    fn what_qemu_says_of_a_channel_is_not_taken_for_a_matter_of_permission() {
+        let hint = |reason: &str, room| failure(reason, || room).hint_text().map(str::to_owned);
+        assert_eq!(hint(CHANNEL_FAILED, Some(1 << 30)).as_deref(), Some(CHANNEL_HINT));
+        assert_eq!(hint(CHANNEL_FAILED, None).as_deref(), Some(CHANNEL_HINT));
+        assert_eq!(hint(CHANNEL_FAILED, Some(0)).as_deref(), Some(FULL_HINT));
+        assert_eq!(hint("Unable to write: No space left on device", None).as_deref(), Some(FULL_HINT));
+        assert_eq!(hint("Unable to write: Input/output error", Some(1 << 30)), None);
     }
 
     #[test]
