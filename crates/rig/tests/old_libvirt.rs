@@ -5,13 +5,16 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use lab::{Guest, GuestSettings};
 use vmstate::libvirt::{DomainName, PayloadFormat};
 use vmstate::net::QmpAddress;
 use vmstate::source::Format;
-use vmstate::{Cancel, ConvertSettings, SaveFormat, SaveReport, SaveSettings, Then, Unobserved, Via};
+use vmstate::{
+    Cancel, ConvertSettings, Observer, SaveFormat, SaveReport, SaveSettings, Then, Unobserved, Via,
+};
 use vmstate_rig::{Domain, DomainSpec, Launched, Libvirtd, verify_image};
 
 const KEEPER: &str = env!("CARGO_BIN_EXE_libvirt-keeper");
@@ -41,10 +44,20 @@ fn spec(name: &str) -> DomainSpec {
 
 /// Saves as the command line does.
 fn save(libvirtd: &Libvirtd, domain: &Domain<'_>, image: &Path, change: SaveSettings) -> SaveReport {
+    save_observed(libvirtd, domain, image, change, &Unobserved)
+}
+
+fn save_observed(
+    libvirtd: &Libvirtd,
+    domain: &Domain<'_>,
+    image: &Path,
+    change: SaveSettings,
+    observer: &dyn Observer,
+) -> SaveReport {
     let name = DomainName(domain.spec().name.clone());
     let qmp = QmpAddress::Domain { uri: libvirtd.uri().parse().unwrap(), name };
     let settings = SaveSettings { qmp, image: image.to_owned(), ..change };
-    vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved)
+    vmstate::save(&settings, &Cancel::new().unwrap(), observer)
         .unwrap_or_else(|error| panic!("{}: {}\n{}", domain.spec().name, error.chain(), libvirtd.log()))
 }
 
@@ -86,6 +99,58 @@ fn what_vmstate_saves_of_an_old_domain_its_own_virsh_restores() {
         domain.wait_for_rounds(2);
         assert!(domain.serial.latest_round().unwrap() >= before + 2, "{name}");
         verify(&libvirtd, &domain);
+    }
+}
+
+/// Keeps what a user is warned of.
+#[derive(Default)]
+struct Warnings(Mutex<Vec<String>>);
+
+impl Observer for Warnings {
+    fn warn(&self, text: &str) {
+        self.0.lock().unwrap().push(text.to_owned());
+    }
+}
+
+#[test]
+fn a_format_that_an_old_libvirt_cannot_restore_is_warned_of_and_never_chosen_for_the_user() {
+    let Some(root) = old() else { return };
+    let libvirtd = Libvirtd::start_within(KEEPER, &root);
+    let mut domain = spec("strangers").start(&libvirtd);
+    domain.wait_for_rounds(1);
+    let image = domain.dir().join("image");
+    // As one that was copied from a newer host.
+    libvirtd.configure("save_image_format = \"zstd\"");
+    for (format, saved, warning) in [
+        (
+            Some(PayloadFormat::Zstd),
+            PayloadFormat::Zstd,
+            Some("libvirt 9.0.0 here does not restore libvirt-zstd, which came with 10.4.0"),
+        ),
+        (
+            Some(PayloadFormat::Sparse),
+            PayloadFormat::Sparse,
+            Some("libvirt 9.0.0 here does not restore libvirt-sparse, which came with 11.2.0"),
+        ),
+        (
+            None,
+            PayloadFormat::Raw,
+            Some("wants save images as `zstd`, which cannot be had here: it is raw instead"),
+        ),
+        (Some(PayloadFormat::Gzip), PayloadFormat::Gzip, None),
+    ] {
+        let warnings = Warnings::default();
+        let settings = SaveSettings {
+            format: format.map(SaveFormat::Libvirt),
+            then: Then::Resume,
+            overwrite: true,
+            ..defaults()
+        };
+        let report = save_observed(&libvirtd, &domain, &image, settings, &warnings);
+        assert_eq!(report.format, SaveFormat::Libvirt(saved));
+        let told = warnings.0.into_inner().unwrap();
+        assert_eq!(told.len(), usize::from(warning.is_some()), "{format:?}: {told:?}");
+        assert!(told.iter().all(|told| warning.is_some_and(|words| told.contains(words))), "{told:?}");
     }
 }
 
@@ -180,7 +245,7 @@ fn both_ways_of_saving_on_an_old_host_bring_the_domain_back_and_say_how_long_the
             let mut domain = spec.start(&libvirtd);
             domain.wait_for_rounds(1);
             let image = domain.dir().join("image");
-            let mut took = [Vec::new(), Vec::new()];
+            let (mut took, mut phases) = ([Vec::new(), Vec::new()], String::new());
             // In turn, forwards and backwards.
             for way in [0, 1, 1, 0] {
                 let begun = Instant::now();
@@ -188,7 +253,9 @@ fn both_ways_of_saving_on_an_old_host_bring_the_domain_back_and_say_how_long_the
                     libvirtd.virsh(&[&"save", &name, &image]);
                 } else {
                     let settings = SaveSettings { then: Then::Quit, ..defaults() };
-                    save(&libvirtd, &domain, &image, settings);
+                    let report = save(&libvirtd, &domain, &image, settings);
+                    let phase = |(name, time): &(&str, Duration)| format!("{name} {}", time.as_millis());
+                    phases = report.phases.0.iter().map(phase).collect::<Vec<_>>().join(", ");
                 }
                 took[way].push(begun.elapsed().as_millis());
                 assert_eq!(domain.state(), "shut off", "{name}");
@@ -198,7 +265,7 @@ fn both_ways_of_saving_on_an_old_host_bring_the_domain_back_and_say_how_long_the
             }
             let [theirs, ours] = &took;
             let line = format!(
-                "libvirt 9.0, {name} guest of 1 GiB: virsh save {theirs:?} ms, vmstate {ours:?} ms\n"
+                "libvirt 9.0, {name} guest of 1 GiB: virsh save {theirs:?} ms, vmstate {ours:?} ms ({phases})\n"
             );
             std::io::stderr().write_all(line.as_bytes()).unwrap();
         }

@@ -17,6 +17,8 @@ use crate::{Error, Kind, Result};
 
 /// The first libvirt that reads `sparse` images: 11.2.
 const SPARSE_SINCE: u64 = 11_002_000;
+/// The first libvirt that reads images compressed by zstd: 10.4.
+const ZSTD_SINCE: u64 = 10_004_000;
 /// The first QEMU that loads them as vmstate lays them out: 9.0, of which libvirt asks mapped-ram and multifd.
 const MAPPED_RAM_SINCE: (u32, u32) = (9, 0);
 
@@ -56,7 +58,10 @@ pub(super) fn choose(
     let mut libvirt = Connection::open(uri, GivingUp::Cancelled(cancel.clone()))?;
     let domain = libvirt.find(name)?;
     let wanted = match settings.format {
-        Some(format) => format,
+        Some(format) => {
+            warn_of_strangers(format, &mut libvirt, observer)?;
+            format
+        }
         None => SaveFormat::Libvirt(usual(&mut libvirt, uri, &domain, kind, observer)?),
     };
     let format = writing::format_for(Some(wanted), kind)?;
@@ -75,16 +80,17 @@ fn usual(
     kind: TargetKind,
     observer: &dyn Observer,
 ) -> Result<PayloadFormat> {
-    let answer = libvirt.call(Procedure::ConnectGetLibVersion, &Arguments::new())?;
-    let version = decode_double_word(&answer, 0)
-        .map_err(|error| Error::new(Kind::Peer, "libvirt's version is not understood").because(error))?;
+    let version = library_version(libvirt)?;
     let qemu = qemu_version(libvirt, domain)?;
     let sparse =
         version >= SPARSE_SINCE && (qemu.major, qemu.minor) >= MAPPED_RAM_SINCE && kind == TargetKind::File;
     let format = if sparse { PayloadFormat::Sparse } else { PayloadFormat::Raw };
     if let Some((path, configured)) = configured_format(libvirt, uri) {
         let known = PayloadFormat::ALL.into_iter().find(|format| format.name() == configured);
-        match known.filter(|known| *known != PayloadFormat::Sparse || sparse) {
+        let can = |known: &PayloadFormat| {
+            version >= known_since(*known) && (*known != PayloadFormat::Sparse || sparse)
+        };
+        match known.filter(can) {
             Some(known) => {
                 observer.note(&format!("format libvirt-{known}: save_image_format of {}", path.display()));
                 return Ok(known);
@@ -97,6 +103,41 @@ fn usual(
     }
     observer.note(&format!("format libvirt-{format}: libvirt {}, QEMU {qemu}", dotted(version)));
     Ok(format)
+}
+
+/// The first libvirt that reads images of this format; 0 where all of them do.
+fn known_since(format: PayloadFormat) -> u64 {
+    match format {
+        PayloadFormat::Sparse => SPARSE_SINCE,
+        PayloadFormat::Zstd => ZSTD_SINCE,
+        _ => 0,
+    }
+}
+
+/// Tells of a format that was asked for and that the domain's own libvirt cannot restore: the image may be meant for
+/// another host.
+fn warn_of_strangers(format: SaveFormat, libvirt: &mut Connection, observer: &dyn Observer) -> Result<()> {
+    let SaveFormat::Libvirt(payload) = format else { return Ok(()) };
+    let since = known_since(payload);
+    if since == 0 {
+        return Ok(());
+    }
+    let version = library_version(libvirt)?;
+    if version < since {
+        observer.warn(&format!(
+            "libvirt {} here does not restore libvirt-{payload}, which came with {}",
+            dotted(version),
+            dotted(since)
+        ));
+    }
+    Ok(())
+}
+
+/// The daemon's version, as libvirt counts: major × 1,000,000 + minor × 1,000 + release.
+fn library_version(libvirt: &mut Connection) -> Result<u64> {
+    let answer = libvirt.call(Procedure::ConnectGetLibVersion, &Arguments::new())?;
+    decode_double_word(&answer, 0)
+        .map_err(|error| Error::new(Kind::Peer, "libvirt's version is not understood").because(error))
 }
 
 fn qemu_version(libvirt: &mut Connection, domain: &wire::libvirt_rpc::Domain) -> Result<Version> {
