@@ -17,8 +17,12 @@ use crate::{Error, Result};
 
 /// How many bytes of records come together before they are written.
 const WRITE_LEN: usize = 1 << 20;
-/// How many threads read pages and make their records: each waits for one request at a time.
+/// How many threads read pages and make their records: each waits for one request at a time. Where nothing is waited
+/// for, there are no more of them than processors.
 const MAKERS: usize = 3;
+/// How many pages are read at once where they are copied: their bytes are still in the processor's cache when they are
+/// copied into the records.
+const COPIED_PAGES: usize = 32;
 /// What a record has beside its page, and a stream beside its records, generously.
 const RECORD_LEN: u64 = 9;
 const HEAD_LEN: u64 = 64 << 10;
@@ -130,29 +134,41 @@ fn window_makers(
     let page = shape.page_size.bytes();
     let window_len = WINDOW_PAGES * page;
     let encoder = RecordEncoder::new(&setup(shape));
+    let (threads, at_once) = match pages.reads_directly() {
+        true => (MAKERS, WINDOW_PAGES as usize),
+        false => (std::thread::available_parallelism().map_or(1, usize::from).min(MAKERS), COPIED_PAGES),
+    };
     let make = move |job: &Job, scratch: &mut Option<AlignedBuffer>, out: &mut Vec<u8>| {
-        let buffer = scratch.get_or_insert_with(|| AlignedBuffer::new(window_len as usize));
-        let at = |index: usize| index * page as usize;
+        let buffer = scratch.get_or_insert_with(|| AlignedBuffer::new(at_once * page as usize));
+        let at = |index: usize| (index % at_once) * page as usize;
         let Job { block, window: KnownWindow { first, data, zero }, .. } = *job;
-        for (start, end) in data.runs() {
-            pages.read_at(block, (first.0 + start as u64) * page, &mut buffer[at(start)..at(end)])?;
-        }
         let mut records = encoder.behind(job.behind);
+        out.reserve((u64::from(data.count()) * (page + RECORD_LEN)) as usize);
         for index in job.absent.clone() {
             append(&mut records, block, index * page, None, out);
         }
-        for i in 0..job.pages {
-            let offset = (first.0 + i as u64) * page;
-            if data.contains(i) {
-                append(&mut records, block, offset, Some(&buffer[at(i)..at(i + 1)]), out);
-            } else if job.is_whole || zero.contains(i) {
-                append(&mut records, block, offset, None, out);
+        for from in (0..job.pages).step_by(at_once) {
+            let upto = job.pages.min(from + at_once);
+            for (start, end) in data.runs() {
+                let (start, end) = (start.max(from), end.min(upto));
+                if start < end {
+                    let (offset, len) = ((first.0 + start as u64) * page, (end - start) * page as usize);
+                    pages.read_at(block, offset, &mut buffer[at(start)..][..len])?;
+                }
+            }
+            for i in from..upto {
+                let offset = (first.0 + i as u64) * page;
+                if data.contains(i) {
+                    append(&mut records, block, offset, Some(&buffer[at(i)..][..page as usize]), out);
+                } else if job.is_whole || zero.contains(i) {
+                    append(&mut records, block, offset, None, out);
+                }
             }
         }
         let counted = |mask: Mask| u64::from(mask.count()) * page;
         Ok(PagesSent { data_bytes: counted(data), zero_bytes: counted(zero) })
     };
-    Makers::start(MAKERS, window_len, make)
+    Makers::start(threads, window_len, make)
 }
 
 /// Appends the record of a page: its bytes, or, where they are zero, that.

@@ -1,6 +1,7 @@
 //! Which parts of a file have blocks on the disk, asked of the file system and never read.
 
 use std::fs::File;
+use std::ops::Range;
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -8,6 +9,10 @@ use wire::{Fault, FileRange};
 
 /// The most device state and vmdescription together that is read into memory.
 pub(crate) const TAIL_LEN_MAX: u64 = 1 << 30;
+/// To find the end of an extent of this length takes tmpfs half a millisecond: it looks at every page.
+const LONG: u64 = 64 << 20;
+/// How many long extents are remembered.
+const LONG_MAX: usize = 64;
 /// Above this, metadata must be on the disk to be read: a hole costs whoever made the file nothing, and
 /// would cost us memory.
 const DENSE_ABOVE: u64 = 16 << 20;
@@ -35,12 +40,27 @@ pub struct FileExtents<'a> {
     len: u64,
     /// The extent asked about last: `start..end`, and whether it is data.
     last: (u64, u64, bool),
+    long: LongExtents,
 }
+
+/// Where long extents of data are, for whoever goes through a file twice.
+#[derive(Clone, Debug, Default)]
+pub struct LongExtents(Vec<Range<u64>>);
 
 impl<'a> FileExtents<'a> {
     /// The extents of `file`, which has `len` bytes.
     pub fn new(file: &'a File, len: u64) -> FileExtents<'a> {
-        FileExtents { file, len, last: (0, 0, false) }
+        FileExtents { file, len, last: (0, 0, false), long: LongExtents::default() }
+    }
+
+    /// The same of a file that has not changed since these were found.
+    pub fn again(file: &'a File, len: u64, long: LongExtents) -> FileExtents<'a> {
+        FileExtents { long, ..FileExtents::new(file, len) }
+    }
+
+    /// What need not be asked again.
+    pub fn into_long(self) -> LongExtents {
+        self.long
     }
 
     /// The extent that `offset` lies in: where it ends, and whether it is data. A file system that does not
@@ -48,7 +68,14 @@ impl<'a> FileExtents<'a> {
     pub fn at(&mut self, offset: u64) -> (u64, bool) {
         let (start, end, _) = self.last;
         if !(start..end).contains(&offset) {
-            self.last = self.ask(offset);
+            self.last = match self.long.0.iter().find(|extent| extent.contains(&offset)) {
+                Some(extent) => (extent.start, extent.end, true),
+                None => self.ask(offset),
+            };
+            let (start, end, is_data) = self.last;
+            if is_data && end - start >= LONG && self.long.0.len() < LONG_MAX {
+                self.long.0.push(start..end);
+            }
         }
         (self.last.1, self.last.2)
     }
@@ -103,6 +130,20 @@ mod tests {
         );
         let beyond = FileRange { start: 0, end: TAIL_LEN_MAX + 1 };
         assert!(unreadable(&file, len, beyond).is_some());
+    }
+
+    #[test]
+    fn a_long_extent_is_not_asked_for_again() {
+        let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let (len, end) = (LONG + (8 << 20), LONG + (1 << 20));
+        file.set_len(len).unwrap();
+        file.write_all_at(&vec![1; end as usize], 0).unwrap();
+        let mut extents = FileExtents::new(&file, len);
+        assert_eq!([extents.at(0), extents.at(end)], [(end, true), (len, false)]);
+        // Nothing would be told of an empty file any more.
+        let empty = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let mut again = FileExtents::again(&empty, len, extents.into_long());
+        assert_eq!([again.at(end - 1), again.at(end), again.at(0)], [(end, true), (len, false), (end, true)]);
     }
 
     #[test]

@@ -157,6 +157,12 @@ pub trait PlacedPages: Send + Sync {
     /// What the system said; `InvalidInput` for a block that is not there.
     fn read_at(&self, block: usize, offset: u64, bytes: &mut [u8]) -> std::io::Result<()>;
 
+    /// Whether these bytes come from a device, past the page cache, so that few long reads are better than many short
+    /// ones.
+    fn reads_directly(&self) -> bool {
+        false
+    }
+
     /// The same for lanes: region `i` is block `i`. Every page that a piece marks is one that is called data.
     ///
     /// # Errors

@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use io::{FileSupply, ReadPair, Supply};
 use page::{Mask, PageIndex, PageRange, WINDOW_PAGES};
 use wire::FileRange;
 
+use super::extents::LongExtents;
 use super::flow::{GuestShape, KnownWindow, LiftedSection, Pages, PlacedPages, Source, Tail};
 use super::{FileExtents, Format, MappedRamFile};
 use crate::{Error, Kind, Result};
@@ -21,6 +22,8 @@ pub struct MappedRamSource {
 struct PlacedFile {
     image: MappedRamFile,
     pair: ReadPair,
+    /// Found when the pages were gone through, for whoever does so again.
+    long: Mutex<LongExtents>,
 }
 
 impl MappedRamSource {
@@ -56,7 +59,7 @@ impl MappedRamSource {
             page_size,
         }
         .checked(path)?;
-        Ok(MappedRamSource { shape, placed: Arc::new(PlacedFile { image, pair }) })
+        Ok(MappedRamSource { shape, placed: Arc::new(PlacedFile { image, pair, long: Mutex::default() }) })
     }
 
     /// The image.
@@ -118,7 +121,9 @@ impl PlacedPages for PlacedFile {
     fn windows(&self, block: usize, on_window: &mut dyn FnMut(KnownWindow) -> Result<()>) -> Result<()> {
         let Some(place) = self.image.layout().blocks.get(block) else { return Ok(()) };
         let page = place.page_size.bytes();
-        let mut extents = FileExtents::new(self.image.file(), self.image.layout().file_len);
+        // Nothing that can panic runs under the lock.
+        let long = self.long.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut extents = FileExtents::again(self.image.file(), self.image.layout().file_len, long);
         let mut gathering = Gathering { window: None, stopped: None, on_window };
         self.image.runs(place, |run| {
             // What lies in a hole of the file is zero and need not be read. Holes may begin and end amid a page:
@@ -137,7 +142,13 @@ impl PlacedPages for PlacedFile {
                 at = upto.clamp(at + 1, run.end.0);
             }
         })?;
-        gathering.finish()
+        gathering.finish()?;
+        *self.long.lock().unwrap_or_else(PoisonError::into_inner) = extents.into_long();
+        Ok(())
+    }
+
+    fn reads_directly(&self) -> bool {
+        self.pair.direct.is_some()
     }
 
     fn read_at(&self, block: usize, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
