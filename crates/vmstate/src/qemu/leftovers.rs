@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::note::{Fate, Note, generation, host, read_notes, remove_note};
-use super::probe::{PROBE, PROBE_BANDWIDTH};
+use super::probe::{PROBE, is_probe_bandwidth};
 use super::process::PROOF;
 use super::session::{MARK, Session, mark as mark_of};
 use crate::qmp::{Capability, Client};
@@ -137,7 +137,7 @@ impl Leftovers {
         }
         // Nobody else has our descriptors, and nobody else chokes a migration as the probe does.
         let bandwidth = session.client.parameters()?.get("max-bandwidth").and_then(Value::as_u64);
-        if self.fdsets.is_empty() && bandwidth != Some(PROBE_BANDWIDTH) {
+        if self.fdsets.is_empty() && !bandwidth.is_some_and(is_probe_bandwidth) {
             return Err(Error::new(
                 Kind::Peer,
                 format!(

@@ -18,6 +18,7 @@ use wire::qemu::{
 
 use super::Session;
 use super::process::search;
+use crate::qmp::Version;
 use crate::{Error, Kind, Result};
 
 /// The name under which QEMU receives the socket.
@@ -32,7 +33,21 @@ const PROBE_LEN_MAX: usize = 2 << 20;
 /// scanning on. Every page of shared memory that it looks at gets allocated.
 const PROBE_SEND_BUFFER: usize = 4096;
 /// The least bandwidth, in bytes per second, that is a limit: 0 means none.
-pub(super) const PROBE_BANDWIDTH: u64 = 4096;
+const PROBE_BANDWIDTH: u64 = 4096;
+/// The same for a QEMU before 8.0. With less it sleeps behind the setup until its tenth of a second is over, and sees a
+/// cancel only then; with 8 KiB in each of them it goes on to where the socket is full, which a cancel ends at once. It
+/// looks at some two data pages for that, or at a thousand empty ones at the most.
+const OLD_PROBE_BANDWIDTH: u64 = 80 << 10;
+
+/// How a probe is held back in this QEMU, in bytes per second.
+fn bandwidth(version: &Version) -> u64 {
+    if version.major < 8 { OLD_PROBE_BANDWIDTH } else { PROBE_BANDWIDTH }
+}
+
+/// Whether a migration with this limit is a probe.
+pub(super) fn is_probe_bandwidth(bytes_per_s: u64) -> bool {
+    [PROBE_BANDWIDTH, OLD_PROBE_BANDWIDTH].contains(&bytes_per_s)
+}
 
 /// What the probe tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,10 +126,11 @@ impl ProbeSocket {
 /// [`Kind::Peer`] where QEMU refuses to migrate this guest, with its reason, or sends what is no stream.
 pub fn probe(session: &mut Session, socket: ProbeSocket) -> Result<Probed> {
     let ProbeSocket { mut ours, .. } = socket;
+    let bandwidth = bandwidth(&session.version);
     session.configure(
         // A guest so small that it is through at once stops here instead of completing.
         &["pause-before-switchover"],
-        &[("max-bandwidth", json!(PROBE_BANDWIDTH)), ("mode", json!("normal")), ("tls-creds", json!(""))],
+        &[("max-bandwidth", json!(bandwidth)), ("mode", json!("normal")), ("tls-creds", json!(""))],
     )?;
     session.migrate(&format!("fd:{PROBE}"))?;
     let told = listen(session, &mut ours);
