@@ -54,7 +54,7 @@ pub use owner::{Owner, OwnerError};
 pub use page_taker::{PageContent, PageTaker, PagesTaken, is_zero};
 pub use place::{HEAD_LEN, Place};
 pub use rate_limit::RateLimit;
-pub use residency::cached_bytes;
+pub use residency::{cached_bytes, is_nearly_cached};
 pub use slab::{HUGE_PAGE, Slab};
 pub use staging::{Part, Staging};
 pub use stray::remove_strays;

@@ -765,8 +765,7 @@ fn load_failed(end: &MigrationInfo) -> Error {
 /// Whether all but crumbs of the image is in the page cache, from where it is read faster than from any disk.
 /// What is not there would come slower through the cache than past it.
 pub(in crate::job) fn is_cached(pair: &ReadPair, data_bytes: u64) -> bool {
-    let cached = pair.buffered.metadata().and_then(|m| io::cached_bytes(&pair.buffered, 0, m.len()));
-    cached.is_ok_and(|cached| cached >= data_bytes - data_bytes / 32)
+    io::is_nearly_cached(&pair.buffered, data_bytes).unwrap_or(false)
 }
 
 /// How many bytes of pages the stream carries.
