@@ -1,7 +1,7 @@
 //! `vmstate restore --background`: the caller has its answer, and a process of its own gives the guest its memory.
 
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -216,8 +216,14 @@ fn in_a_terminal(words: &str, stdout: &Path) -> (Child, Pid) {
 }
 
 /// Reads on until `words` stand there.
-fn read_until(words: &str, from: &mut impl Read, text: &mut String) {
+fn read_until(words: &str, from: &mut (impl Read + AsFd), text: &mut String) {
+    // A bar goes on for ever, so the time counts and not whether something comes.
+    let end = Instant::now() + DEADLINE;
     while !text.contains(words) {
+        let left = end.saturating_duration_since(Instant::now());
+        let limit = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let come = poll(&mut [PollFd::new(from, PollFlags::IN)], Some(&limit)).unwrap();
+        assert!(come == 1 && !left.is_zero(), "it does not say `{words}`: {text:?}");
         let mut bytes = [0; 4096];
         let len = from.read(&mut bytes).unwrap();
         assert_ne!(len, 0, "it ended without `{words}`: {text:?}");
