@@ -48,7 +48,9 @@ pub use engine::{ENGINE_VARIABLE, Engine, EngineChoice};
 pub use file_supply::FileSupply;
 pub use hold::hold;
 pub use inflow::Inflow;
-pub use lane::{LaneError, LaneOptions, LaneSettings, LaneTarget, PositionedWrite, RingWrite, WriteLanes};
+pub use lane::{
+    LaneError, LaneMemory, LaneOptions, LaneSettings, LaneTarget, PositionedWrite, RingWrite, WriteLanes,
+};
 pub use outflow::{Outflow, OutflowError};
 pub use owner::{Owner, OwnerError};
 pub use page_taker::{PageContent, PageTaker, PagesTaken, is_zero};

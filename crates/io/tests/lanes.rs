@@ -98,7 +98,7 @@ impl Way {
         S: Fn(usize, usize) -> Answer + Clone + Send + Sync + 'static,
     {
         let direct = self.has_direct.then(|| scripted(file, true, script.clone()));
-        LaneTarget { direct, buffered: scripted(file, false, script) }
+        LaneTarget { direct, buffered: scripted(file, false, script), memory: None }
     }
 }
 
@@ -281,6 +281,7 @@ fn aligned_runs_are_direct_and_the_rest_is_buffered() {
         let target = LaneTarget {
             direct: Some(scripted(&file, true, log(&direct_lens))),
             buffered: scripted(&file, false, log(&buffered_lens)),
+            memory: None,
         };
         let mut run = Run::new(engine, target);
         run.lanes = 1;
@@ -338,6 +339,7 @@ fn a_refused_direct_write_is_told_apart() {
         let target = LaneTarget {
             direct: Some(scripted(&file, true, |_, _| Answer::Refuse(libc::EINVAL))),
             buffered: scripted(&file, false, |_, len| Answer::Take(len)),
+            memory: None,
         };
         let (_, ended, _) = Run::new(engine, target).go(&pieces(3, 4096, 0x2000));
         let error = ended.expect_err("the file refused");

@@ -36,7 +36,7 @@ impl Fillable {
             None => Ok(LaneTarget::files(None, self.file.try_clone()?)),
             Some(huge_bytes) => {
                 let mapped = Mapped::new(&self.file, self.offset, self.length.next_multiple_of(huge_bytes))?;
-                Ok(LaneTarget { direct: None, buffered: Box::new(mapped) })
+                Ok(LaneTarget { direct: None, buffered: Box::new(mapped), memory: None })
             }
         }
     }

@@ -21,6 +21,29 @@ use crate::supply::{Piece, Scratch, Supplied, runs};
 pub(super) struct Loaded {
     piece: Piece,
     scratch: Scratch,
+    /// Where in the target's memory the piece begins, if it is read to its place. Its buffer only holds its turn then,
+    /// and is not touched.
+    place: Option<*mut u8>,
+}
+
+impl Loaded {
+    /// Where the piece is read to.
+    fn base(&self) -> *mut u8 {
+        self.place.unwrap_or_else(|| self.scratch.base())
+    }
+
+    /// What kept the bytes of a span from being read. Where the target's own memory could not be had, it is the target
+    /// that failed.
+    fn unread(&self, base: *const u8, len: usize, source: io::Error) -> LaneError {
+        match self.place {
+            Some(place) if source.raw_os_error() == Some(libc::EFAULT) => {
+                let from = base.addr().saturating_sub(place.addr()) as u64;
+                let Piece { region, target, .. } = self.piece;
+                LaneError::Write { region, offset: target + from, len, source: Arc::new(source) }
+            }
+            _ => unsupplied(&self.piece, source),
+        }
+    }
 }
 
 /// A request that is under way or waits to be.
@@ -78,8 +101,8 @@ impl<'a> Flights<'a> {
         Ok(())
     }
 
-    /// Sets a piece on its way when there is room: read by the ring where it is part of a file, or had from the
-    /// supply and written.
+    /// Sets a piece on its way when there is room: read by the ring where it is part of a file, straight to its place
+    /// where the target is memory, or had from the supply and written.
     pub(super) fn begin(&mut self, piece: Piece) -> Result<(), LaneError> {
         self.lane.check_cancel()?;
         while !self.has_room()? {
@@ -87,15 +110,18 @@ impl<'a> Flights<'a> {
         }
         let mut scratch = self.spare.take().expect("a buffer, for which there is room");
         scratch.reserve(piece.len as usize).map_err(|source| LaneError::start(self.lane.number, source))?;
-        match self.lane.supply.as_file().filter(|file| self.ring.is_some() && file.is_direct()) {
+        let place = self.lane.target.memory.as_ref();
+        let place = place.and_then(|memory| memory.place_of(piece.target, piece.len as usize));
+        let is_read = |file: &&FileSupply| place.is_some() || self.ring.is_some() && file.is_direct();
+        match self.lane.supply.as_file().filter(is_read) {
             Some(file) => {
-                self.begin_reading(file, piece, scratch)?;
+                self.begin_reading(file, Loaded { piece, scratch, place })?;
                 self.send()
             }
             None => {
                 let supplied = self.lane.supply.supply(&piece, &mut scratch);
                 let supplied = supplied.map_err(|source| unsupplied(&piece, source))?;
-                self.begin_writing(Loaded { piece, scratch }, supplied)?;
+                self.begin_writing(Loaded { piece, scratch, place: None }, supplied)?;
                 self.advance()
             }
         }
@@ -195,7 +221,9 @@ impl<'a> Flights<'a> {
         let ring = self.ring.as_mut().expect("flights are for a ring");
         // SAFETY: what is written lies in grains that the supply named, which stay until their scratch is used
         // again; what is read goes to the scratch itself. The flight shares the scratch, and nobody touches it
-        // before the last share comes home. The files are the lane's, which outlives its ring.
+        // before the last share comes home. Or it goes to the target's memory, which is the piece's alone, to which
+        // nobody has a reference, and which stays mapped as long as the target. Target and files are the lane's,
+        // which outlives its ring.
         unsafe { ring.start(transfer, flight) };
         Ok(())
     }
@@ -215,9 +243,8 @@ impl<'a> Flights<'a> {
             }
             (Direction::Write, Ok(moved)) => self.lane.advance_direct(span, moved.min(span.len))?,
             (Direction::Write, Err(error)) => return Err(Stop::Failed(error).at_direct(&span)),
-            (Direction::Read, moved) => moved
-                .and_then(|moved| self.go_on_reading(span, moved.min(span.len)))
-                .map_err(|source| unsupplied(&flight.loaded.piece, source))?,
+            (Direction::Read, Ok(moved)) => self.go_on_reading(&flight.loaded, span, moved.min(span.len))?,
+            (Direction::Read, Err(error)) => return Err(flight.loaded.unread(span.base, span.len, error)),
         };
         self.settle(flight)
     }
@@ -237,20 +264,20 @@ impl<'a> Flights<'a> {
         }
     }
 
-    /// Reads the marked grains into the buffer: by the ring what is aligned, at once what is not.
-    fn begin_reading(&mut self, file: &FileSupply, piece: Piece, scratch: Scratch) -> Result<(), LaneError> {
-        let loaded = Rc::new(Loaded { piece, scratch });
+    /// Reads the marked grains: by the ring what is aligned, at once what is not.
+    fn begin_reading(&mut self, file: &FileSupply, loaded: Loaded) -> Result<(), LaneError> {
+        let (piece, loaded) = (loaded.piece, Rc::new(loaded));
+        let has_ring = self.ring.is_some() && file.is_direct();
         self.reading += 1;
         for (start, end) in runs(piece.mask) {
             let (from, to) = piece.bytes_of(start, end);
-            let (base, len) = (loaded.scratch.base().wrapping_add(from), to - from);
+            let (base, len) = (loaded.base().wrapping_add(from), to - from);
             let offset = file.offset_of(&piece, from).map_err(|source| unsupplied(&piece, source))?;
-            if file.is_aligned(base, len, offset) {
+            if has_ring && file.is_aligned(base, len, offset) {
                 let span = Span { base: base.cast_const(), len, offset, region: piece.region };
                 self.queue(&loaded, Direction::Read, span);
             } else {
-                // SAFETY: these bytes of the scratch are in no request, since runs do not overlap.
-                unsafe { file.read(base, len, offset) }.map_err(|source| unsupplied(&piece, source))?;
+                self.read_now(file, &loaded, base, len, offset)?;
             }
         }
         self.end_reading(loaded)
@@ -258,26 +285,63 @@ impl<'a> Flights<'a> {
 
     /// What is left of a span of which so many bytes were read. Where that is no longer aligned, it is read at
     /// once.
-    fn go_on_reading(&self, span: Span, moved: usize) -> io::Result<Span> {
+    fn go_on_reading(&self, loaded: &Loaded, span: Span, moved: usize) -> Result<Span, LaneError> {
         let (_, rest) = span.split_at(moved);
         let file = self.lane.supply.as_file().expect("what is read is a file");
         if moved == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+            return Err(loaded.unread(span.base, span.len, io::ErrorKind::UnexpectedEof.into()));
         }
         if file.is_aligned(rest.base, rest.len, rest.offset) {
             return Ok(rest);
         }
-        // SAFETY: what is left of the request that has just come back, so the kernel has it no more.
-        unsafe { file.read(rest.base.cast_mut(), rest.len, rest.offset) }?;
+        self.read_now(file, loaded, rest.base.cast_mut(), rest.len, rest.offset)?;
         Ok(Span { len: 0, ..rest })
     }
 
-    /// Gives up a share of a piece that is being read; with the last of them it can be written.
+    /// Reads a part of a piece while this thread waits. It must be in no request.
+    fn read_now(
+        &self,
+        file: &FileSupply,
+        loaded: &Loaded,
+        base: *mut u8,
+        len: usize,
+        offset: u64,
+    ) -> Result<(), LaneError> {
+        // SAFETY: a part of the piece's scratch or of its place in the target's memory that the kernel has not got:
+        // runs do not overlap, and what is left of a request has come back.
+        unsafe { file.read(base, len, offset) }.map_err(|source| loaded.unread(base, len, source))
+    }
+
+    /// Gives up a share of a piece that is being read; with the last of them it can be written, or is there.
     fn end_reading(&mut self, loaded: Rc<Loaded>) -> Result<(), LaneError> {
         let Some(loaded) = Rc::into_inner(loaded) else { return Ok(()) };
         self.reading -= 1;
-        let supplied = Supplied { base: loaded.scratch.base(), write: loaded.piece.mask };
+        let piece = loaded.piece;
+        if loaded.place.is_some() {
+            let bytes = piece.bytes_in(&piece.mask);
+            self.hold_back(bytes)?;
+            add(&self.lane.counters.bytes_written, bytes);
+            self.end_writing(Rc::new(loaded));
+            return Ok(());
+        }
+        let supplied = Supplied { base: loaded.base(), write: piece.mask };
         self.begin_writing(loaded, supplied)
+    }
+
+    /// Waits until so many bytes may be moved, where there is a limit.
+    fn hold_back(&mut self, bytes: u64) -> Result<(), LaneError> {
+        let lane = self.lane;
+        let Some(limit) = &lane.limit else { return Ok(()) };
+        // A wait that the switch ends is seen before the next piece.
+        let now = Instant::now();
+        let until = now + limit.reserve(bytes, now);
+        if until > now {
+            // Whoever is held up gains nothing by having requests under way, and what they have moved counts only
+            // when they are home.
+            self.bring_home()?;
+            lane.cancel.wait(until.saturating_duration_since(Instant::now()));
+        }
+        Ok(())
     }
 
     /// Writes what the supply named: the aligned middle of each run directly, by the ring where there is one, and
@@ -289,17 +353,8 @@ impl<'a> Flights<'a> {
             "the supply names grains beyond the piece at {:#x}",
             piece.offset
         );
-        if let Some(limit) = &lane.limit {
-            // What is left out costs nothing. A wait that the switch ends is seen before the next write.
-            let now = Instant::now();
-            let until = now + limit.reserve(piece.bytes_in(&supplied.write), now);
-            if until > now {
-                // Whoever is held up gains nothing by having requests under way, and what they have moved counts
-                // only when they are home.
-                self.bring_home()?;
-                lane.cancel.wait(until.saturating_duration_since(Instant::now()));
-            }
-        }
+        // What is left out costs nothing.
+        self.hold_back(piece.bytes_in(&supplied.write))?;
         let loaded = Rc::new(loaded);
         for (start, end) in runs(supplied.write) {
             let (from, to) = piece.bytes_of(start, end);
@@ -379,7 +434,7 @@ mod tests {
         begun: Mutex<Vec<u64>>,
     }
 
-    impl PositionedWrite for Arc<Noted> {
+    impl PositionedWrite for Noted {
         unsafe fn write_span_at(&self, _: *const u8, len: usize, _: u64) -> io::Result<usize> {
             let begun = self.counters.read().ring_reads;
             let dealt = self.dealt.lock().unwrap();
@@ -404,7 +459,7 @@ mod tests {
         let supply = FileSupply::new(Some(direct), pair.buffered, align, vec![0]);
         let noted = Arc::new(Noted::default());
         let lanes = WriteLanes::start_with(
-            LaneTarget { direct: None, buffered: Box::new(noted.clone()) },
+            LaneTarget { direct: None, buffered: Box::new(noted.clone()), memory: None },
             Arc::new(supply),
             LaneSettings { lanes: 1, align: 4096 },
             LaneOptions { engine: EngineChoice::IoUring, ..LaneOptions::default() },

@@ -88,12 +88,46 @@ impl PositionedWrite for File {
     }
 }
 
+impl<T: PositionedWrite + ?Sized> PositionedWrite for Arc<T> {
+    unsafe fn write_span_at(&self, base: *const u8, len: usize, offset: u64) -> io::Result<usize> {
+        // SAFETY: the caller's promise is the one asked for.
+        unsafe { T::write_span_at(self, base, len, offset) }
+    }
+
+    fn ring_write(&self, base: *const u8, len: usize, offset: u64) -> RingWrite<'_> {
+        T::ring_write(self, base, len, offset)
+    }
+}
+
+/// A file that lies in the memory of this process as well, so that what is read from another file may go to its place
+/// at once, without a copy.
+///
+/// A lane never touches that memory itself. It names it to the kernel, by ring or by pread, and the kernel has an error
+/// (EFAULT) where a page of it cannot be had.
+///
+/// # Safety
+/// What [`LaneMemory::place_of`] answers must be mapped writable for as long as the value lives, whatever becomes of the
+/// file, and nobody may have a reference to its bytes.
+pub unsafe trait LaneMemory: Send + Sync {
+    /// Where the `len` bytes at the file offset `offset` are; `None` where not all of them are mapped.
+    fn place_of(&self, offset: u64, len: usize) -> Option<*mut u8>;
+}
+
+// SAFETY: whoever has the Arc keeps the value alive.
+unsafe impl<T: LaneMemory + ?Sized> LaneMemory for Arc<T> {
+    fn place_of(&self, offset: u64, len: usize) -> Option<*mut u8> {
+        T::place_of(self, offset, len)
+    }
+}
+
 /// Where lanes write: two openings of one file.
 pub struct LaneTarget {
     /// Opened with O_DIRECT; takes the aligned runs. Without it everything goes through the page cache.
     pub direct: Option<Box<dyn PositionedWrite>>,
     /// Opened without; takes unaligned heads and tails.
     pub buffered: Box<dyn PositionedWrite>,
+    /// The same as memory, where it is worth while to read straight into it: what comes from a file is not written then.
+    pub memory: Option<Box<dyn LaneMemory>>,
 }
 
 impl LaneTarget {
@@ -105,7 +139,7 @@ impl LaneTarget {
         let direct = direct
             .filter(|file| !is_in_memory(file))
             .map(|file| -> Box<dyn PositionedWrite> { Box::new(file) });
-        LaneTarget { direct, buffered: Box::new(buffered) }
+        LaneTarget { direct, buffered: Box::new(buffered), memory: None }
     }
 }
 
