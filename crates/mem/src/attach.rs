@@ -8,7 +8,7 @@ use crate::file::BackingFile;
 use crate::guest_ram::{Reach, Region};
 use crate::kind::{Backing, classify};
 use crate::maps::{Gap, Mapping, Mappings};
-use crate::obstacles::Obstacles;
+use crate::outlook::Outlook;
 use crate::peer::{Peer, PeerError};
 use crate::private_file::PrivateFileBlock;
 use crate::remote::{RemoteSpan, read_spans};
@@ -89,24 +89,22 @@ impl AttachReason {
 }
 
 /// Looks at one block and opens what is needed to read it.
-pub(crate) fn attach_block(
-    peer: &Peer,
-    mappings: &Mappings,
-    obstacles: &Obstacles,
-    block: &BlockAddress,
-) -> Result<Region, AttachReason> {
+pub(crate) fn attach_block(outlook: &Outlook, block: &BlockAddress) -> Result<Region, AttachReason> {
     let page_size = check_block(block)?;
     let range = block.address..block.address + block.length;
-    let covering = mappings.covering(block.address, block.length).map_err(AttachReason::Unmapped)?;
+    let covering = outlook.mappings().covering(block.address, block.length);
+    let covering = covering.map_err(AttachReason::Unmapped)?;
     let backing = classify(covering, block.address);
-    if let Some(reason) = obstacles.reason(&range) {
+    if let Some(reason) = outlook.obstacles().reason(&range) {
         return Err(AttachReason::unreachable(reason));
     }
-    let open = |part| BackingFile::open(peer, covering, part, block.length);
+    let open = |part| BackingFile::open(outlook, covering, part, block.length);
     let reach = match &backing {
         Backing::PrivateAnonymous => Reach::Process,
         &Backing::SharedFile(part) => Reach::Shared(open(part)?),
-        &Backing::PrivateFile(part) => Reach::PrivateFile(PrivateFileBlock::open(peer, open(part)?)?),
+        &Backing::PrivateFile(part) => {
+            Reach::PrivateFile(PrivateFileBlock::open(outlook.peer(), open(part)?)?)
+        }
         Backing::Unreachable { reason } => return Err(AttachReason::unreachable(reason)),
     };
     let is_writable = covering.iter().all(|mapping| mapping.is_writable);

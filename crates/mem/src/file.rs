@@ -10,6 +10,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use crate::attach::AttachReason;
 use crate::kind::FilePart;
 use crate::maps::{Mapping, Mappings};
+use crate::outlook::Outlook;
 use crate::peer::{Peer, PeerError};
 
 /// What a file lies on, as far as it matters to who reads it.
@@ -75,12 +76,12 @@ pub(crate) struct BackingFile {
 impl BackingFile {
     /// Opens the file of the peer. `mappings` are those that hold the block of `length` bytes.
     pub(crate) fn open(
-        peer: &Peer,
+        outlook: &Outlook,
         mappings: &[Mapping],
         part: FilePart,
         length: u64,
     ) -> Result<BackingFile, AttachReason> {
-        let file = find(peer, mappings, part)?;
+        let file = find(outlook, mappings, part)?;
         let medium = Medium::of(&file)?;
         let size = fstat(&file).map_err(|error| AttachReason::io("asking for the size", error))?.st_size;
         let end = part.offset.checked_add(length);
@@ -135,9 +136,10 @@ impl BackingFile {
 ///
 /// The second way needs privileges (CAP_CHECKPOINT_RESTORE or root); VMMs keep the descriptor open, so the
 /// first serves an ordinary user as well.
-fn find(peer: &Peer, mappings: &[Mapping], part: FilePart) -> Result<File, AttachReason> {
-    let candidates = match peer.find_descriptors(part.inode) {
-        Ok(found) => found.into_iter().map(|number| format!("fd/{number}")).collect(),
+fn find(outlook: &Outlook, mappings: &[Mapping], part: FilePart) -> Result<File, AttachReason> {
+    let peer = outlook.peer();
+    let candidates: Vec<String> = match outlook.descriptors_of(part.inode) {
+        Ok(found) => found.map(|number| format!("fd/{number}")).collect(),
         Err(PeerError::Denied { .. }) => Vec::new(),
         Err(error) => return Err(error.into()),
     };

@@ -9,17 +9,16 @@ use ::io::Cancel;
 use page::{PageCount, PageSet, PageSize, Window};
 use rustix::fs::fstat;
 
-use crate::attach::{AttachError, AttachReason, BlockAddress, attach_block, try_reading};
+use crate::attach::{AttachError, BlockAddress};
 use crate::file::{BackingFile, Medium};
 use crate::kind::{Backing, classify};
-use crate::obstacles::Obstacles;
+use crate::outlook::Outlook;
 use crate::peer::{Peer, PeerError};
 use crate::presence::{PageTableRuns, PagemapMethod, Stretch};
 use crate::private_file::PrivateFileBlock;
 use crate::recorded::Recorded;
 use crate::remote::{RemoteSpan, read_spans};
 use crate::runs::{Runs, Union, shared_runs, unmapped_runs};
-use crate::supply::UNIT;
 use crate::windows::Windows;
 
 /// The RAM blocks of a guest in another process, readable from here. Region `i` is block `i` of those given.
@@ -28,9 +27,9 @@ use crate::windows::Windows;
 /// whether it was the same memory all along.
 #[derive(Debug)]
 pub struct GuestRam {
-    peer: Arc<Peer>,
-    regions: Vec<Region>,
-    cancel: Option<Cancel>,
+    pub(crate) peer: Arc<Peer>,
+    pub(crate) regions: Vec<Region>,
+    pub(crate) cancel: Option<Cancel>,
     /// The shortest run of zeros that is left out between data, in bytes.
     pub(crate) gap_bytes_min: AtomicUsize,
 }
@@ -101,17 +100,7 @@ impl GuestRam {
     /// # Errors
     /// The first block that cannot be reached, and why; or what keeps us from looking into the process.
     pub fn attach(peer: Arc<Peer>, blocks: &[BlockAddress]) -> Result<GuestRam, AttachError> {
-        let mappings = peer.mappings()?;
-        try_reading(&peer, &mappings, blocks)?;
-        let obstacles = Obstacles::of(&peer)?;
-        let attach = |block: &BlockAddress| {
-            attach_block(&peer, &mappings, &obstacles, block).map_err(|reason| match reason {
-                AttachReason::Peer(gone @ PeerError::Gone { .. }) => AttachError::Peer(gone),
-                reason => AttachError::Block { block: block.name.clone(), reason },
-            })
-        };
-        let regions = blocks.iter().map(attach).collect::<Result<_, _>>()?;
-        Ok(GuestRam { peer, regions, cancel: None, gap_bytes_min: AtomicUsize::new(UNIT) })
+        Outlook::of(peer)?.attach(blocks)
     }
 
     /// From now on a walk over page tables fails with `Interrupted` soon after the switch is thrown. Where little is

@@ -20,14 +20,15 @@ impl Obstacles {
     pub(crate) fn of(peer: &Peer) -> Result<Obstacles, PeerError> {
         // smaps walks the page tables of everything, which takes seconds for a large guest: only a process that
         // has a userfaultfd is asked.
-        let awaited = match peer.holds_special("[userfaultfd]")? {
+        let [has_userfaultfd, has_guest_memfd] = peer.holds_special(["[userfaultfd]", "[kvm-gmem]"])?;
+        let awaited = match has_userfaultfd {
             true => peer
                 .open_file("smaps")
                 .and_then(|file| read_awaited(BufReader::new(file)))
                 .map_err(|error| peer.error("the memory map", error))?,
             false => Vec::new(),
         };
-        Ok(Obstacles { has_guest_memfd: peer.holds_special("[kvm-gmem]")?, awaited })
+        Ok(Obstacles { has_guest_memfd, awaited })
     }
 
     /// Why memory in this range of addresses cannot be trusted, if it cannot.

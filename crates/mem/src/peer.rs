@@ -62,6 +62,15 @@ pub struct Peer {
     start_time: u64,
 }
 
+/// A descriptor of the process.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Held {
+    /// Its number there.
+    pub number: u32,
+    /// The inode of its file, on whatever device.
+    pub inode: u64,
+}
+
 impl Peer {
     /// Takes hold of a running process.
     ///
@@ -142,28 +151,32 @@ impl Peer {
         Ok(holds)
     }
 
-    /// The descriptor numbers of the process under which it has regular files with this inode number, whatever
-    /// their device.
-    pub(crate) fn find_descriptors(&self, inode: u64) -> Result<Vec<u32>, PeerError> {
-        let mut numbers = Vec::new();
+    /// The regular files that the process has open.
+    pub(crate) fn regular_files(&self) -> Result<Vec<Held>, PeerError> {
+        let mut files = Vec::new();
         self.visit_descriptors(|number, found| {
-            if found.st_ino == inode && FileType::from_raw_mode(found.st_mode) == FileType::RegularFile {
-                numbers.push(number);
+            if FileType::from_raw_mode(found.st_mode) == FileType::RegularFile {
+                files.push(Held { number, inode: found.st_ino });
             }
             true
         })?;
-        Ok(numbers)
+        Ok(files)
     }
 
-    /// Whether the process has a descriptor of a file that the kernel made for a purpose of its own, by what
+    /// Whether the process has descriptors of files that the kernel made for purposes of their own, each by what
     /// its link in `/proc/PID/fd` contains, such as `[userfaultfd]`.
-    pub(crate) fn holds_special(&self, name: &str) -> Result<bool, PeerError> {
+    pub(crate) fn holds_special<const N: usize>(&self, names: [&str; N]) -> Result<[bool; N], PeerError> {
         let fail = |error: Errno| peer_error(self.pid(), "the descriptors", error.into());
-        let mut holds = false;
+        let mut holds = [false; N];
         let listing = self.open_descriptors().map_err(fail)?;
         for number in Descriptors::of(&listing).map_err(fail)? {
             match readlinkat(&listing, number.map_err(fail)?.to_string(), Vec::new()) {
-                Ok(link) => holds |= link.to_string_lossy().contains(name),
+                Ok(link) => {
+                    let link = link.to_string_lossy();
+                    for (holds, name) in holds.iter_mut().zip(names) {
+                        *holds |= link.contains(name);
+                    }
+                }
                 // Closed since it was listed.
                 Err(Errno::NOENT) => {}
                 Err(error) => return Err(fail(error)),
