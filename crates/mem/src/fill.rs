@@ -4,10 +4,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
-use ::io::{LaneTarget, PositionedWrite};
-use page::PageRange;
-use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open};
+use ::io::{LaneMemory, LaneTarget, PositionedWrite};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::file::Medium;
@@ -20,14 +20,14 @@ pub struct Fillable {
     pub file: File,
     /// Where in the file the block begins.
     pub offset: u64,
-    page_bytes: u64,
     length: u64,
     /// The size of its huge pages, if it is on such.
     huge_bytes: Option<u64>,
 }
 
 impl Fillable {
-    /// The block as what lanes write to, by offsets in its file.
+    /// The block as what lanes write to, by offsets in its file. Huge pages are memory of ours as well, into which
+    /// lanes read at once what comes from a file.
     ///
     /// # Errors
     /// What the system said.
@@ -36,23 +36,11 @@ impl Fillable {
             None => Ok(LaneTarget::files(None, self.file.try_clone()?)),
             Some(huge_bytes) => {
                 let mapped = Mapped::new(&self.file, self.offset, self.length.next_multiple_of(huge_bytes))?;
-                Ok(LaneTarget { direct: None, buffered: Box::new(mapped), memory: None })
+                let mapped = Arc::new(mapped);
+                let memory: Box<dyn LaneMemory> = Box::new(mapped.clone());
+                Ok(LaneTarget { direct: None, buffered: Box::new(mapped), memory: Some(memory) })
             }
         }
-    }
-
-    /// Makes pages zero again by giving their memory back.
-    ///
-    /// # Errors
-    /// What the system said.
-    pub fn clear(&self, range: PageRange) -> io::Result<()> {
-        let start = range.start.0.saturating_mul(self.page_bytes).min(self.length);
-        let end = range.end.0.saturating_mul(self.page_bytes).min(self.length);
-        if start < end {
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            fallocate(&self.file, flags, self.offset + start, end - start)?;
-        }
-        Ok(())
     }
 }
 
@@ -84,20 +72,15 @@ impl GuestRam {
         let mode = if huge_bytes.is_some() { OFlags::RDWR } else { OFlags::WRONLY };
         let file = open(path, mode | OFlags::CLOEXEC, Mode::empty())?;
         let block = self.block(region);
-        Ok(Some(Fillable {
-            file: File::from(file),
-            offset,
-            page_bytes: block.page_size,
-            length: block.length,
-            huge_bytes,
-        }))
+        Ok(Some(Fillable { file: File::from(file), offset, length: block.length, huge_bytes }))
     }
 }
 
-/// Memory on huge pages, whose file system takes no writes: a mapping of ours, written by the kernel.
+/// Memory on huge pages, whose file system takes no writes: a mapping of ours, written by the kernel, which reads into it
+/// or copies.
 ///
 /// A store of our own would be ended by SIGBUS where the pool of pages has run out, or where somebody cuts the file; the
-/// kernel's copy has an error for both.
+/// kernel has an error for both (EFAULT).
 struct Mapped {
     base: NonNull<u8>,
     length: usize,
@@ -105,7 +88,7 @@ struct Mapped {
     start: u64,
 }
 
-// SAFETY: the mapping belongs to this value alone, which hands out no address of it; only the kernel writes there.
+// SAFETY: the mapping belongs to this value alone; its addresses go to lanes only, which have the kernel write there.
 unsafe impl Send for Mapped {}
 
 // SAFETY: as above. Copies of several threads go to ranges of their callers' choice, as writes to a file would.
@@ -132,11 +115,19 @@ impl Drop for Mapped {
 
 impl PositionedWrite for Mapped {
     unsafe fn write_span_at(&self, base: *const u8, len: usize, offset: u64) -> io::Result<usize> {
-        let at = offset.checked_sub(self.start).and_then(|at| usize::try_from(at).ok());
-        let at = at.filter(|at| at.checked_add(len).is_some_and(|end| end <= self.length));
-        let Some(at) = at else { return Err(io::ErrorKind::InvalidInput.into()) };
+        let Some(place) = self.place_of(offset, len) else { return Err(io::ErrorKind::InvalidInput.into()) };
         // SAFETY: the source is the caller's promise; the target lies within the mapping, as was just found.
-        unsafe { copy_by_kernel(base, self.base.as_ptr().wrapping_add(at), len) }
+        unsafe { copy_by_kernel(base, place, len) }
+    }
+}
+
+// SAFETY: the range is mapped writable until the value is dropped, also where the file has been cut; nobody makes a
+// reference to its bytes.
+unsafe impl LaneMemory for Mapped {
+    fn place_of(&self, offset: u64, len: usize) -> Option<*mut u8> {
+        let at = usize::try_from(offset.checked_sub(self.start)?).ok()?;
+        let is_mapped = at.checked_add(len).is_some_and(|end| end <= self.length);
+        is_mapped.then(|| self.base.as_ptr().wrapping_add(at))
     }
 }
 

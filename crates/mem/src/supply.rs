@@ -54,7 +54,7 @@ impl GuestRam {
     }
 
     /// Copies runs of a piece to where they are in the scratch, the start of which it returns.
-    fn copy_runs(&self, piece: &Piece, mask: Mask, scratch: &mut Scratch) -> io::Result<*mut u8> {
+    pub(crate) fn copy_runs(&self, piece: &Piece, mask: Mask, scratch: &mut Scratch) -> io::Result<*mut u8> {
         let base = scratch.as_mut_ptr();
         let part = |(start, end)| {
             let (from, to) = piece.bytes_of(start, end);
@@ -75,7 +75,7 @@ impl Region {
 }
 
 /// Refuses a piece that is not a window of its region, or that marks pages beyond its end.
-fn check_piece(region: &Region, piece: &Piece, scratch: &Scratch) -> io::Result<()> {
+pub(crate) fn check_piece(region: &Region, piece: &Piece, scratch: &Scratch) -> io::Result<()> {
     let is_window = u64::from(piece.grain) == region.page_size.bytes()
         && piece.offset.is_multiple_of(u64::from(piece.grain) * WINDOW_PAGES)
         && piece.offset.checked_add(piece.len.into()).is_some_and(|end| end <= region.block.length)

@@ -1,15 +1,22 @@
 //! Every way for RAM into a target: filled from outside, read by QEMU, fed through a stream.
 
+#![allow(clippy::print_stdout, reason = "a test that leaves something out says what it misses")]
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+#[path = "../../mem/tests/guest/huge.rs"]
+mod huge;
+
+use huge::HugePool;
 use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
 use vmstate::net::QmpAddress;
 use vmstate::{
-    Cancel, DirectIo, Kind, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Unobserved, Via,
+    Cancel, DirectIo, Kind, Record, RestoreReport, RestoreSettings, Result, SaveSettings, Target, Unobserved,
+    Via,
 };
-use vmstate_rig::{DEADLINE, client};
+use vmstate_rig::{DEADLINE, HugeMount, client};
 
 struct Saved {
     _dir: tempfile::TempDir,
@@ -20,7 +27,10 @@ struct Saved {
 
 /// A guest that fills all it owns, which is not all there is, saved while it ran.
 fn saved(machine: MachineKind) -> Saved {
-    let settings = GuestSettings { pages_low_max: 40_000, fill_rounds: 1, ..GuestSettings::default() };
+    saved_with(machine, GuestSettings { pages_low_max: 40_000, fill_rounds: 1, ..GuestSettings::default() })
+}
+
+fn saved_with(machine: MachineKind, settings: GuestSettings) -> Saved {
     let spec = QemuSpec { guest: Some(Guest::new(settings)), ..QemuSpec::new(machine, 256 << 20) };
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let image = dir.path().join("vm.img");
@@ -100,6 +110,69 @@ fn private_memory_is_not_filled_from_outside() {
     // Nothing has begun: the same target takes the guest another way.
     let report = restore(&saved.image, &target, Via::Auto, DirectIo::Auto).unwrap();
     assert_eq!(report.reason.as_deref(), Some(error.to_string().as_str()));
+}
+
+/// A guest that owns little of its memory, in a file that another guest filled before it.
+fn check_used_file(directory: &Path, properties: &str, reference: &[u8], saved: &Saved) {
+    let path = directory.join("ram");
+    let backend = || {
+        MemoryBackend::Object(format!(
+            "memory-backend-file,share=on,{properties},mem-path={}",
+            path.display()
+        ))
+    };
+    let former = GuestSettings { fill_rounds: 1, ..GuestSettings::default() };
+    let former = QemuSpec { guest: Some(Guest::new(former)), backend: backend(), ..saved.spec.clone() };
+    let mut former = former.start().unwrap();
+    former.wait_for_round(2, DEADLINE).unwrap();
+    drop(former);
+    let is_page_used = |page: &[u8]| page.iter().any(|byte| *byte != 0);
+    let used = std::fs::read(&path).unwrap().chunks(4096).filter(|page| is_page_used(page)).count();
+    assert!(used > 40_000, "{properties}: {used} pages were used before");
+
+    let mut target = waiting(saved, backend());
+    let settings = RestoreSettings {
+        via: Via::Direct,
+        record: Record::Paused,
+        ..RestoreSettings::new(&saved.image, Target::Waiting(QmpAddress::Unix(target.qmp_path())))
+    };
+    let report = vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap();
+    assert_eq!(report.run_state, "paused", "{properties}");
+    let memory = std::fs::read(&path).unwrap();
+    let differs = memory.chunks(4096).zip(reference.chunks(4096)).position(|(ours, theirs)| ours != theirs);
+    assert_eq!((memory.len(), differs), (reference.len(), None), "{properties}: the first page that differs");
+    client(&target).cont().unwrap();
+    target.wait_for_round(saved.round + 2, DEADLINE).expect(properties);
+    drop(target);
+    std::fs::remove_file(&path).unwrap();
+}
+
+#[test]
+fn a_file_that_another_guest_filled_has_every_byte_of_the_image_and_no_other() {
+    let idle = GuestSettings { fill_rounds: 1, ..GuestSettings::idle(6000) };
+    let saved = saved_with(MachineKind::Q35, idle);
+    // What QEMU itself makes of the image in memory that is new.
+    let fresh = waiting(&saved, MemoryBackend::Memfd);
+    let settings = RestoreSettings {
+        via: Via::Qemu,
+        record: Record::Paused,
+        ..RestoreSettings::new(&saved.image, Target::Waiting(QmpAddress::Unix(fresh.qmp_path())))
+    };
+    vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap();
+    let mut reference = vec![0; 256 << 20];
+    memfd_of(fresh.pid()).read_exact_at(&mut reference, 0).unwrap();
+    drop(fresh);
+
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    for properties in ["prealloc=off", "prealloc=on"] {
+        check_used_file(directory.path(), properties, &reference, &saved);
+    }
+    let Some(_pool) = HugePool::reserve(256 / 2 + 8, "a used file on huge pages") else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let Some(_mount) = HugeMount::new(directory.path()) else { return };
+    for properties in ["prealloc=off", "prealloc=on"] {
+        check_used_file(directory.path(), properties, &reference, &saved);
+    }
 }
 
 /// The memory of a QEMU that has it in a memfd, opened for writing.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stdout, reason = "a test that leaves something out says what it misses")]
 
+mod fill;
 mod huge;
 mod kinds;
 mod process;

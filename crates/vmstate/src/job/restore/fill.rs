@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 
-use io::{Cancel, Counters, FileSupply, LaneOptions, LaneSettings, Piece, ReadPair, WriteLanes};
-use mem::{Backing, BlockAddress, Fillable, GuestRam};
-use page::WINDOW_PAGES;
+use io::{Cancel, Counters, FileSupply, LaneError, LaneOptions, LaneSettings, ReadPair, Supply, WriteLanes};
+use mem::{Backing, BlockAddress, Fillable, GuestRam, Outlook, Residue};
+use page::PageSet;
+use rustix::io::Errno;
 use wire::mapped_ram::BlockPlacement;
 
+use super::Seen;
 use super::map::Share;
 use super::zero::beside;
-use crate::qemu::{self, Session};
+use crate::qemu::Session;
 use crate::source::MappedRamFile;
 use crate::{Error, Kind, Result};
 
@@ -18,7 +20,24 @@ const BLOCK_LEN_MIN: u64 = 1 << 20;
 
 /// The blocks of a target that can be filled from outside, by their place in the image's list.
 pub(super) struct Filling {
-    blocks: Vec<Option<(GuestRam, Fillable)>>,
+    blocks: Vec<Option<Block>>,
+}
+
+/// One of them.
+struct Block {
+    name: String,
+    ram: Arc<GuestRam>,
+    fillable: Fillable,
+}
+
+/// How lanes are started.
+pub(super) struct Start<'a> {
+    /// How many.
+    pub lanes: usize,
+    /// What else they have.
+    pub options: &'a LaneOptions,
+    /// What ends them.
+    pub cancel: &'a Cancel,
 }
 
 impl Filling {
@@ -27,24 +46,24 @@ impl Filling {
     ///
     /// # Errors
     /// [`Kind::Unsupported`] where the largest block cannot be filled, with the reason.
-    pub(super) fn prepare(image: &MappedRamFile, session: &mut Session, pid: Option<u32>) -> Result<Filling> {
-        let peer = Arc::new(qemu::find_process(session, pid)?);
-        let targets = qemu::host_blocks(&mut session.client)?;
-        let targets = qemu::with_addresses(&mut session.client, &peer, &targets)?;
+    pub(super) fn prepare(
+        image: &MappedRamFile,
+        session: &mut Session,
+        seen: &mut Seen,
+        pid: Option<u32>,
+    ) -> Result<Filling> {
+        let peer = seen.process(session, pid)?;
+        seen.find_addresses(session, &peer)?;
+        let unreachable =
+            |error| Error::new(Kind::Unsupported, "QEMU's process cannot be looked into").because(error);
+        let outlook = Outlook::of(peer).map_err(unreachable)?;
         let layout = image.layout();
         let largest = layout.blocks.iter().map(|block| block.used_length).max().unwrap_or(0);
         let mut blocks = Vec::with_capacity(layout.blocks.len());
         for block in &layout.blocks {
             let name = block.name.as_str();
-            let address = targets.iter().find(|target| target.name == name).and_then(|target| target.address);
-            let place = address.filter(|address| *address != 0).map(|address| BlockAddress {
-                name: name.to_owned(),
-                address,
-                length: block.used_length,
-                page_size: block.page_size.bytes(),
-            });
-            let found = match place {
-                Some(place) if block.used_length >= BLOCK_LEN_MIN => fillable(&peer, place),
+            let found = match seen.place_of(name, block.used_length, block.page_size) {
+                Some(place) if block.used_length >= BLOCK_LEN_MIN => fillable(&outlook, place),
                 Some(_) => Ok(None),
                 None => Err(Error::new(Kind::Unsupported, format!("QEMU does not tell where `{name}` is"))),
             };
@@ -68,6 +87,11 @@ impl Filling {
         self.blocks.iter().map(|found| if found.is_some() { Share::Nothing } else { Share::Whole }).collect()
     }
 
+    /// The names of the blocks that are filled.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.blocks.iter().flatten().map(|block| block.name.clone()).collect()
+    }
+
     /// Fills every block: its pages from the image, and zero where the image has none.
     ///
     /// # Errors
@@ -76,81 +100,114 @@ impl Filling {
         &self,
         image: &MappedRamFile,
         pair: &ReadPair,
-        lanes: (usize, &LaneOptions),
+        start: &Start<'_>,
         counters: &Arc<Counters>,
-        cancel: &Cancel,
     ) -> Result<()> {
         for (place, found) in image.layout().blocks.iter().zip(&self.blocks) {
-            if let Some((ram, fillable)) = found {
-                fill_block(image, place, ram, fillable, pair, lanes, counters, cancel)?;
+            if let Some(block) = found {
+                let pages = image.pages(place)?;
+                block.make_zero_beside(&pages, start)?;
+                block.fill(place, &pages, pair, start, counters)?;
             }
         }
         Ok(())
     }
 }
 
-fn fillable(peer: &Arc<mem::Peer>, place: BlockAddress) -> Result<Option<(GuestRam, Fillable)>> {
+fn fillable(outlook: &Outlook, place: BlockAddress) -> Result<Option<Block>> {
     let name = place.name.clone();
     let unreachable = || Error::new(Kind::Unsupported, format!("target's `{name}` cannot be reached"));
-    let ram = GuestRam::attach(peer.clone(), &[place]).map_err(|error| unreachable().because(error))?;
+    let ram = outlook.attach(&[place]).map_err(|error| unreachable().because(error))?;
     if !matches!(ram.backing(0), Backing::SharedFile(_)) {
         return Ok(None);
     }
     let fillable = ram.open_for_filling(0).map_err(|error| unreachable().because(error))?;
-    Ok(fillable.map(|fillable| (ram, fillable)))
+    Ok(fillable.map(|fillable| Block { name, ram: Arc::new(ram), fillable }))
 }
 
-#[allow(clippy::too_many_arguments, reason = "one call, of what its caller already has apart")]
-fn fill_block(
-    image: &MappedRamFile,
-    place: &BlockPlacement,
-    ram: &GuestRam,
-    fillable: &Fillable,
-    pair: &ReadPair,
-    (lanes, options): (usize, &LaneOptions),
-    counters: &Arc<Counters>,
-    cancel: &Cancel,
-) -> Result<()> {
-    let name = place.name.as_str();
-    let pages = image.pages(place)?;
-    let failed = |error| Error::io(format!("cannot fill the target's `{name}`"), error);
-    // A fresh target has next to nothing there; a memory file that was used before has.
-    for window in ram.windows(0).map_err(failed)? {
-        if cancel.is_cancelled() {
-            return Err(Error::interrupted());
+impl Block {
+    /// Makes zero what is there beside the image's pages, where it is not zero already. A fresh target has next to
+    /// nothing there; one whose memory was populated has all of it, and a memory file may have been used before.
+    ///
+    /// Nothing is given back: to punch out page by page takes longer than to look, and whoever has populated the memory
+    /// would have to find it again.
+    fn make_zero_beside(&self, pages: &PageSet, start: &Start<'_>) -> Result<()> {
+        let mut lanes = None;
+        for window in self.ram.windows(0).map_err(|error| self.failed(error))? {
+            if start.cancel.is_cancelled() {
+                return Err(Error::interrupted());
+            }
+            let window = beside(&window.map_err(|error| self.failed(error))?, pages);
+            if window.mask.is_empty() {
+                continue;
+            }
+            let lanes = match &lanes {
+                Some(lanes) => lanes,
+                None => {
+                    // What is looked at is no part of the image, and held to none of its limits.
+                    let options = LaneOptions { limit: None, ..start.options.clone() };
+                    let residue = Arc::new(Residue::of(self.ram.clone()));
+                    &*lanes.insert(self.start(residue, start, options, &Arc::default())?)
+                }
+            };
+            let piece = self.ram.piece(0, &window, self.fillable.offset);
+            lanes.deal(piece).map_err(|error| self.lane_failed(error))?;
         }
-        for run in beside(&window.map_err(failed)?, &pages) {
-            fillable.clear(run).map_err(failed)?;
+        lanes.map_or(Ok(()), |lanes| lanes.finish().map_err(|error| self.lane_failed(error)))
+    }
+
+    /// Writes the image's pages to their places.
+    fn fill(
+        &self,
+        place: &BlockPlacement,
+        pages: &PageSet,
+        pair: &ReadPair,
+        start: &Start<'_>,
+        counters: &Arc<Counters>,
+    ) -> Result<()> {
+        let copy = |file: &std::fs::File| file.try_clone().map_err(|error| self.failed(error));
+        let align = pair.direct_io.alignment();
+        let direct = pair.direct.as_ref().map(copy).transpose()?;
+        let supply = FileSupply::new(direct, copy(&pair.buffered)?, align, vec![place.pages.start]);
+        let lanes = self.start(Arc::new(supply), start, start.options.clone(), counters)?;
+        for window in pages.windows() {
+            let piece = self.ram.piece(0, &window, self.fillable.offset);
+            lanes.deal(piece).map_err(|error| self.lane_failed(error))?;
+        }
+        lanes.finish().map_err(|error| self.lane_failed(error))
+    }
+
+    fn start(
+        &self,
+        supply: Arc<dyn Supply>,
+        start: &Start<'_>,
+        options: LaneOptions,
+        counters: &Arc<Counters>,
+    ) -> Result<WriteLanes> {
+        let target = self.fillable.lane_target().map_err(|error| self.failed(error))?;
+        let settings = LaneSettings { lanes: start.lanes, align: 4096 };
+        WriteLanes::start_with(target, supply, settings, options, counters.clone(), start.cancel.clone())
+            .map_err(|error| self.lane_failed(error))
+    }
+
+    fn failed(&self, error: std::io::Error) -> Error {
+        Error::io(format!("cannot fill the target's `{}`", self.name), error)
+    }
+
+    fn lane_failed(&self, error: LaneError) -> Error {
+        let hint = match &error {
+            LaneError::Cancelled => return Error::interrupted(),
+            // What the kernel says of memory that it finds no page for.
+            LaneError::Write { source, .. } if source.raw_os_error() == Some(Errno::FAULT.raw_os_error()) => {
+                Some("the pool of huge pages may have run out: give it as many as the guest has")
+            }
+            _ => None,
+        };
+        let failed = format!("cannot fill the target's `{}`", self.name);
+        let failed = Error::new(Kind::Io, failed).because(error);
+        match hint {
+            Some(hint) => failed.hint(hint),
+            None => failed,
         }
     }
-    let copy = |file: &std::fs::File| file.try_clone().map_err(failed);
-    let align = pair.direct_io.alignment();
-    let direct = pair.direct.as_ref().map(copy).transpose()?;
-    let supply = FileSupply::new(direct, copy(&pair.buffered)?, align, vec![place.pages.start]);
-    let target = fillable.lane_target().map_err(failed)?;
-    let lanes = WriteLanes::start_with(
-        target,
-        Arc::new(supply),
-        LaneSettings { lanes, align: 4096 },
-        options.clone(),
-        counters.clone(),
-        cancel.clone(),
-    )?;
-    let grain = place.page_size.bytes();
-    for window in pages.windows() {
-        let offset = window.first.0 * grain;
-        let len = (place.used_length - offset).min(WINDOW_PAGES * grain);
-        lanes.deal(Piece {
-            region: 0,
-            offset,
-            target: fillable.offset + offset,
-            grain: grain as u32,
-            len: len as u32,
-            mask: window.mask.0,
-        })?;
-    }
-    lanes.finish().map_err(|error| match error {
-        io::LaneError::Cancelled => Error::interrupted(),
-        error => Error::new(Kind::Io, format!("cannot fill the target's `{name}`")).because(error),
-    })
 }

@@ -3,15 +3,14 @@
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
-use std::sync::Arc;
 
-use mem::{BlockAddress, GuestRam};
+use mem::Outlook;
 use page::{PageRange, PageSet};
 use wire::mapped_ram::BlockPlacement;
 
 use super::Seen;
 use crate::job::Observer;
-use crate::qemu::{self, ImageBlock, Session};
+use crate::qemu::{ImageBlock, Session};
 use crate::source::{FileExtents, MappedRamFile};
 use crate::{Error, Kind, Result};
 
@@ -103,23 +102,17 @@ pub(super) fn shares(
     seen: &mut Seen,
     pid: Option<u32>,
 ) -> Result<Vec<Share>> {
-    let peer = Arc::new(qemu::find_process(session, pid)?);
-    seen.peer = Some(peer.clone());
-    let targets = &seen.blocks;
+    let peer = seen.process(session, pid)?;
+    // Where it cannot be looked into, none of its blocks is known to be mapped.
+    let outlook = Outlook::of(peer).ok();
     let layout = image.layout();
     let largest = layout.blocks.iter().map(|block| block.used_length).max().unwrap_or(0);
     let mut shares = Vec::with_capacity(layout.blocks.len());
     for block in &layout.blocks {
         let name = block.name.as_str();
-        let address = targets.iter().find(|target| target.name == name).and_then(|target| target.address);
-        let place = address.filter(|address| *address != 0).map(|address| BlockAddress {
-            name: name.to_owned(),
-            address,
-            length: block.used_length,
-            page_size: block.page_size.bytes(),
-        });
+        let place = seen.place_of(name, block.used_length, block.page_size);
         // One that cannot be looked at is not known to be mapped, and is carried.
-        let ram = place.and_then(|place| GuestRam::attach(peer.clone(), &[place]).ok());
+        let ram = place.zip(outlook.as_ref()).and_then(|(place, outlook)| outlook.attach(&[place]).ok());
         let offset = match &ram {
             Some(ram) => ram
                 .private_offset_in(0, image.file())

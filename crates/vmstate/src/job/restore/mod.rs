@@ -20,7 +20,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use io::{Cancel, LaneOptions, ReadPair};
-use mem::Peer;
+use mem::{BlockAddress, Peer};
+use page::PageSize;
 use serde_json::json;
 use wire::qemu::format::MAPPED_RAM;
 
@@ -414,9 +415,35 @@ fn start(
 
 /// What was seen of a target before the load and holds after it: QEMU neither moves its blocks nor itself.
 struct Seen {
+    /// With their addresses, once somebody has asked for them.
     blocks: Vec<HostBlock>,
     /// QEMU's process, where it was proven already.
     peer: Option<Arc<Peer>>,
+}
+
+impl Seen {
+    /// QEMU's process, proven when it is first asked for.
+    fn process(&mut self, session: &mut Session, pid: Option<u32>) -> Result<Arc<Peer>> {
+        if let Some(peer) = &self.peer {
+            return Ok(peer.clone());
+        }
+        let peer = Arc::new(qemu::find_process(session, pid)?);
+        self.peer = Some(peer.clone());
+        Ok(peer)
+    }
+
+    /// Finds the addresses of the blocks where QEMU has not told them.
+    fn find_addresses(&mut self, session: &mut Session, peer: &Peer) -> Result<()> {
+        self.blocks = qemu::with_addresses(&mut session.client, peer, &self.blocks)?;
+        Ok(())
+    }
+
+    /// Where a block lies, by its name.
+    fn place_of(&self, name: &str, length: u64, page_size: PageSize) -> Option<BlockAddress> {
+        let block = self.blocks.iter().find(|block| block.name == name)?;
+        let address = block.address.filter(|address| *address != 0)?;
+        Some(BlockAddress { name: name.to_owned(), address, length, page_size: page_size.bytes() })
+    }
 }
 
 /// What a load that succeeded tells.
@@ -479,7 +506,7 @@ fn load(
     };
     let (way, reason) = match (image, mapped) {
         (Image::MappedRam(image), Some(shares)) => (Way::Mapped(image, shares), None),
-        (Image::MappedRam(image), None) => choose(settings, image, pid, session)?,
+        (Image::MappedRam(image), None) => choose(settings, image, &mut seen, pid, session)?,
         (Image::Stream(stream), _) if stream.payload().compressed().is_some() => {
             (Way::Decompressed(stream), None)
         }
@@ -509,6 +536,7 @@ fn load(
     }
     let channels = settings.channels.unwrap_or_else(default_channels);
     let limit = settings.rate_max.map(Rate::limit);
+    let mut zeroed = Vec::new();
     match way {
         Way::Qemu => {
             let channels = settings.channels.unwrap_or(QEMU_CHANNELS);
@@ -524,9 +552,10 @@ fn load(
             note_engine(watch.observer)?;
             prepare_plain(session)?;
             let options = LaneOptions { limit: limit.clone(), ..LaneOptions::default() };
-            let lanes = (usize::from(channels), &options);
-            filling.fill(image, pair, lanes, progress.counters(), cancel)?;
+            let start = fill::Start { lanes: usize::from(channels), options: &options, cancel };
+            filling.fill(image, pair, &start, progress.counters())?;
             feed::feed(image, &filling.shares(), session, limit.as_deref(), progress.counters(), cancel)?;
+            zeroed = filling.names();
         }
         Way::Socket(image) => {
             prepare_plain(session)?;
@@ -544,7 +573,7 @@ fn load(
     }
 
     watch.phase("verify");
-    if let Verified::Unseen(reason) = verify_zero(image, session, &seen, pid)? {
+    if let Verified::Unseen(reason) = verify_zero(image, session, &mut seen, &zeroed, pid)? {
         watch.observer.warn(&format!("the target's memory could not be verified: {reason}"));
     }
 
@@ -621,6 +650,7 @@ impl Way<'_> {
 fn choose<'a>(
     settings: &RestoreSettings,
     image: &'a MappedRamFile,
+    seen: &mut Seen,
     pid: Option<u32>,
     session: &mut Session,
 ) -> Result<(Way<'a>, Option<String>)> {
@@ -630,7 +660,7 @@ fn choose<'a>(
             return Ok((Way::Qemu, None));
         }
         Via::Socket => return Ok((Way::Socket(image), None)),
-        Via::Direct | Via::Auto => Filling::prepare(image, session, pid),
+        Via::Direct | Via::Auto => Filling::prepare(image, session, seen, pid),
     };
     let reason = match direct {
         Ok(filling) => return Ok((Way::Direct(image, filling), None)),

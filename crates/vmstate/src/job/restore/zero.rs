@@ -1,13 +1,12 @@
 //! What QEMU does not check after a load: that nothing is left in the target's memory that the image has as
 //! zero.
 
-use std::sync::Arc;
-
-use mem::{BlockAddress, GuestRam};
+use io::is_zero;
+use mem::{GuestRam, Outlook};
 use page::{PageRange, PageSet, Window};
 
 use super::Seen;
-use crate::qemu::{self, Session};
+use crate::qemu::Session;
 use crate::source::Image;
 use crate::{Error, Kind, Result};
 
@@ -26,46 +25,40 @@ pub(super) enum Verified {
 /// so what a memory file held before would stay: silent damage.
 ///
 /// Costs a look at the presence map and at pages that are there without being in the image: of a fresh
-/// QEMU, next to none.
+/// QEMU, next to none. The blocks in `zeroed` are left out: whoever filled them has made them zero there.
 ///
 /// # Errors
 /// [`Kind::Incompatible`] where it is not.
 pub(super) fn verify_zero(
     image: &Image,
     session: &mut Session,
-    seen: &Seen,
+    seen: &mut Seen,
+    zeroed: &[String],
     pid: Option<u32>,
 ) -> Result<Verified> {
-    let found = match &seen.peer {
-        Some(peer) => Ok(peer.clone()),
-        None => qemu::find_process(session, pid).map(Arc::new),
-    };
-    let peer = match found {
-        Ok(peer) => peer,
-        Err(error) if error.kind() == Kind::Unsupported => return Ok(Verified::Unseen(error.chain())),
-        Err(error) => return Err(error),
-    };
-    let targets = match qemu::with_addresses(&mut session.client, &peer, &seen.blocks) {
-        Ok(targets) => targets,
+    let outlook = seen.process(session, pid).and_then(|peer| {
+        seen.find_addresses(session, &peer)?;
+        let forbidden =
+            |error| Error::new(Kind::Unsupported, "QEMU's process cannot be looked into").because(error);
+        Outlook::of(peer).map_err(forbidden)
+    });
+    let outlook = match outlook {
+        Ok(outlook) => outlook,
         Err(error) if error.kind() == Kind::Unsupported => return Ok(Verified::Unseen(error.chain())),
         Err(error) => return Err(error),
     };
     let mut unseen = None;
     for (index, block) in image.blocks().iter().enumerate() {
         let name = block.name.as_str();
-        let address = targets.iter().find(|target| target.name == name).and_then(|target| target.address);
-        let Some(address) = address.filter(|address| *address != 0) else {
+        if zeroed.iter().any(|zeroed| zeroed == name) {
+            continue;
+        }
+        let Some(place) = seen.place_of(name, block.length, block.page_size) else {
             unseen.get_or_insert(format!("QEMU does not tell where `{name}` is"));
             continue;
         };
-        let place = BlockAddress {
-            name: name.to_owned(),
-            address,
-            length: block.length,
-            page_size: block.page_size.bytes(),
-        };
         // Block by block: one that cannot be reached does not keep the others from being looked at.
-        let ram = match GuestRam::attach(peer.clone(), &[place]) {
+        let ram = match outlook.attach(&[place]) {
             Ok(ram) => ram,
             Err(error) => {
                 unseen.get_or_insert(Error::new(Kind::Unsupported, name).because(error).chain());
@@ -80,7 +73,7 @@ pub(super) fn verify_zero(
                 return Err(Error::interrupted());
             }
             let window = window.map_err(unreadable)?;
-            for run in beside(&window, &pages) {
+            for run in runs_of(&beside(&window, &pages)) {
                 if let Some(offset) =
                     first_byte_set(&ram, run, block.page_size.bytes()).map_err(unreadable)?
                 {
@@ -97,12 +90,17 @@ pub(super) fn verify_zero(
     Ok(unseen.map_or(Verified::Zero, Verified::Unseen))
 }
 
-/// The runs of pages that are in the window and not in the set.
-pub(super) fn beside(window: &Window, pages: &PageSet) -> Vec<PageRange> {
-    let first = window.first.0;
+/// What of the window is not in the set.
+pub(super) fn beside(window: &Window, pages: &PageSet) -> Window {
     let there = pages.mask_at(window.first);
     let mask = page::Mask(std::array::from_fn(|word| window.mask.0[word] & !there.0[word]));
-    mask.runs().map(|(start, end)| PageRange::new(first + start as u64, first + end as u64)).collect()
+    Window { mask, ..*window }
+}
+
+/// The pages of a window, as runs.
+fn runs_of(window: &Window) -> impl Iterator<Item = PageRange> {
+    let first = window.first.0;
+    window.mask.runs().map(move |(start, end)| PageRange::new(first + start as u64, first + end as u64))
 }
 
 /// The offset of the first byte in a run that is not zero.
@@ -113,8 +111,9 @@ fn first_byte_set(ram: &GuestRam, run: PageRange, page_size: u64) -> std::io::Re
     while at < end {
         let len = (end - at).min(CHUNK as u64) as usize;
         ram.read(0, at, &mut bytes[..len])?;
-        if let Some(set) = bytes[..len].iter().position(|byte| *byte != 0) {
-            return Ok(Some(at + set as u64));
+        if !is_zero(&bytes[..len]) {
+            let set = bytes[..len].iter().position(|byte| *byte != 0);
+            return Ok(set.map(|set| at + set as u64));
         }
         at += len as u64;
     }
@@ -131,7 +130,7 @@ mod tests {
         let mut pages = PageSet::new(PageCount(600));
         pages.insert(PageRange::new(260, 270));
         let window = Window { first: PageIndex(256), mask: Mask::range(0, 20) };
-        let runs: Vec<_> = beside(&window, &pages).iter().map(|r| (r.start.0, r.end.0)).collect();
+        let runs: Vec<_> = runs_of(&beside(&window, &pages)).map(|r| (r.start.0, r.end.0)).collect();
         assert_eq!(runs, [(256, 260), (270, 276)]);
     }
 }
