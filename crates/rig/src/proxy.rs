@@ -73,6 +73,8 @@ fn serve(client: &UnixStream, qemu: &UnixStream, missing: &'static [&'static str
     while receive(client, &mut pending, &mut fds)? {
         while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = pending.drain(..=end).collect();
+            // What is received at once ends with the descriptors in it.
+            let is_last = pending.is_empty();
             let command: Value = serde_json::from_slice(&line)?;
             let name = command["execute"].as_str().unwrap_or_default();
             if missing.contains(&name) {
@@ -81,9 +83,12 @@ fn serve(client: &UnixStream, qemu: &UnixStream, missing: &'static [&'static str
                 let mut answer = json!({ "error": error, "id": command["id"] }).to_string();
                 answer.push('\n');
                 (&*client).write_all(answer.as_bytes())?;
-                fds.clear();
+                if is_last {
+                    fds.clear();
+                }
             } else {
-                send(qemu, &line, &std::mem::take(&mut fds))?;
+                let with = if is_last { std::mem::take(&mut fds) } else { Vec::new() };
+                send(qemu, &line, &with)?;
             }
         }
     }

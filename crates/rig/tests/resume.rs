@@ -277,8 +277,7 @@ fn of_two_saves_that_begin_at_one_moment_one_goes_on() {
     let qemu = booted();
     let before = footprint(&qemu);
     // With nothing there, and with what a save has left that was killed: a claim of a process that never was.
-    let dead =
-        json!({ "pid": 1 << 30, "start": 1, "host": own_host(), "session": 0, "serial": 0 }).to_string();
+    let dead = json!({ "pid": 1 << 30, "start": 1, "host": own_host() }).to_string();
     for leftover in [None, Some(&dead)].into_iter().cycle().take(12) {
         if let Some(note) = leftover {
             let claim = json!({ "qom-type": "secret", "id": "vmstate-note-claim.3", "data": note });
@@ -320,13 +319,11 @@ fn own_host() -> String {
 }
 
 /// Starts a migration that goes on for hours.
-fn migrate_slowly(qemu: &Qemu, bytes_per_s: Option<u64>) -> UnixStream {
+fn migrate_slowly(qemu: &Qemu, bytes_per_s: u64) -> UnixStream {
     let mut client = client(qemu.qmp_path());
-    if let Some(bytes_per_s) = bytes_per_s {
-        let mut parameters = Map::new();
-        parameters.insert("max-bandwidth".to_owned(), json!(bytes_per_s));
-        client.set_parameters(parameters).unwrap();
-    }
+    let mut parameters = Map::new();
+    parameters.insert("max-bandwidth".to_owned(), json!(bytes_per_s));
+    client.set_parameters(parameters).unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     rustix::net::sockopt::set_socket_send_buffer_size(&theirs, 4096).unwrap();
     client.getfd("slow", theirs.as_fd()).unwrap();
@@ -348,7 +345,7 @@ fn the_migration_of_a_killed_save_is_cancelled_and_another_is_not() {
     let image = dir.path().join("vm.img");
     // As the probe is when it is killed: choked, and nobody reads.
     killed_save(&qemu, &image, Via::Direct, "stop");
-    let socket = migrate_slowly(&qemu, None);
+    let socket = migrate_slowly(&qemu, 4096);
     let report = resume(&qemu);
     assert!(report.cleared.migration_cancelled, "{report:?}");
     assert_eq!(other(&qemu).migration().unwrap().status, "cancelled");
@@ -357,7 +354,7 @@ fn the_migration_of_a_killed_save_is_cancelled_and_another_is_not() {
 
     other(&qemu).cont().unwrap();
     killed_save(&qemu, &image, Via::Direct, "stop");
-    let socket = migrate_slowly(&qemu, Some(1 << 20));
+    let socket = migrate_slowly(&qemu, 1 << 20);
     let error = resume_at(qemu.qmp_path()).unwrap_err();
     assert_eq!(error.to_string(), "a migration is under way (status `active`) that is not the killed save's");
     assert!(other(&qemu).migration().unwrap().is_under_way());
@@ -365,8 +362,8 @@ fn the_migration_of_a_killed_save_is_cancelled_and_another_is_not() {
 }
 
 /// Leaves a note as a save does.
-fn leave_note(qemu: &Qemu, note: &str) {
-    let arguments = json!({ "qom-type": "secret", "id": "vmstate-note-77-0.0", "data": note });
+fn leave_note(qemu: &Qemu, note: &str, owed: &str) {
+    let arguments = json!({ "qom-type": "secret", "id": "vmstate-note-77-0", "data": note, "iv": owed });
     other(qemu).execute("object-add", arguments).unwrap();
 }
 
@@ -374,8 +371,8 @@ fn leave_note(qemu: &Qemu, note: &str) {
 fn a_save_of_another_host_counts_as_killed_only_by_force() {
     let qemu = booted();
     let before = footprint(&qemu);
-    let note = json!({ "pid": 77, "start": 1, "host": "c0ffee12-1", "session": 0, "serial": 0, "stopped": "running" });
-    leave_note(&qemu, &note.to_string());
+    let note = json!({ "pid": 77, "start": 1, "host": "c0ffee12-1" });
+    leave_note(&qemu, &note.to_string(), r#"{"stopped":"running"}"#);
     let dir = images();
     let cancel = Cancel::new().unwrap();
     for error in [
@@ -401,13 +398,15 @@ fn a_save_of_another_host_counts_as_killed_only_by_force() {
 #[test]
 fn a_note_that_cannot_be_read_is_named_and_left() {
     let qemu = booted();
-    for note in ["{}", "not JSON", &"[".repeat(70_000)] {
-        leave_note(&qemu, note);
+    let whole = json!({ "pid": 77, "start": 1, "host": own_host() }).to_string();
+    let long = "[".repeat(70_000);
+    for (note, owed) in [("{}", ""), ("not JSON", ""), (&long, ""), (&whole, "not JSON"), (&whole, &long)] {
+        leave_note(&qemu, note, owed);
         let error = resume_at(qemu.qmp_path()).unwrap_err();
-        assert_eq!(error.to_string(), "the note `vmstate-note-77-0.0` in QEMU is of an unknown form");
-        let hint = "another version of vmstate left it; remove it with the QMP command object-del of vmstate-note-77-0.0";
+        assert_eq!(error.to_string(), "the note `vmstate-note-77-0` in QEMU is of an unknown form");
+        let hint = "another version of vmstate left it; remove it with the QMP command object-del of vmstate-note-77-0";
         assert_eq!(error.hint_text(), Some(hint));
-        other(&qemu).execute("object-del", json!({ "id": "vmstate-note-77-0.0" })).unwrap();
+        other(&qemu).execute("object-del", json!({ "id": "vmstate-note-77-0" })).unwrap();
     }
     assert_eq!(status(&qemu), "running");
 }
@@ -425,6 +424,43 @@ fn a_qemu_that_no_save_was_killed_on_is_left_alone() {
     let after = footprint(&qemu);
     assert_eq!(after.0.fdsets.as_array().map(Vec::len), Some(1));
     assert_eq!(before.1, after.1);
+}
+
+/// What the probe needs is undone behind it, and nothing else is touched: a guest may be stopped for long.
+#[test]
+fn the_settings_are_those_of_the_user_when_the_guest_is_stopped() {
+    let qemu = booted();
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    for on in [None, Some("auto-converge")] {
+        let mut client = other(&qemu);
+        let mut wanted = client.capabilities().unwrap();
+        wanted.iter_mut().for_each(|one| one.state = Some(one.name.as_str()) == on);
+        client.set_capabilities(&wanted).unwrap();
+        let before = (client.capabilities().unwrap(), client.parameters().unwrap());
+        drop(client);
+        let hook = Hook::at("stop", || {
+            let mut client = other(&qemu);
+            assert_eq!((client.capabilities().unwrap(), client.parameters().unwrap()), before, "{on:?}");
+            assert_eq!(client.migration().unwrap().status, "cancelled", "{on:?}");
+        });
+        let settings =
+            SaveSettings { then: Then::Resume, overwrite: true, ..settings(&qemu, &image, Via::Direct) };
+        save(&settings, &hook);
+        assert!(hook.is_done(), "{on:?}");
+    }
+}
+
+/// The guest's state is asked for long before it is stopped, and noted.
+#[test]
+fn a_guest_that_another_client_pauses_during_the_probe_stays_paused() {
+    let qemu = booted();
+    let dir = images();
+    let image = dir.path().join("vm.img");
+    let hook = Hook::at("stop", || other(&qemu).stop().unwrap());
+    let settings = SaveSettings { then: Then::Resume, ..settings(&qemu, &image, Via::Direct) };
+    assert_eq!(save(&settings, &hook).run_state, "paused");
+    assert_eq!(status(&qemu), "paused");
 }
 
 /// A dry run knew nothing of saves under way or killed, and would have left a killed save's mess twice.

@@ -207,7 +207,7 @@ fn a_guest_that_sleeps_sleeps_on_after_a_save_and_can_be_woken() {
 
     // One that fails, and one that succeeds.
     let cancel = vmstate::Cancel::new().unwrap();
-    let hook = vmstate_rig::Hook::at("metadata", || {
+    let hook = vmstate_rig::Hook::at("ram", || {
         assert_status(&qemu, "paused");
         cancel.cancel();
     });

@@ -3,12 +3,13 @@
 use std::path::Path;
 
 use io::Cancel;
+use serde_json::json;
 
 use super::Observer;
 use crate::Result;
 use crate::net::QmpAddress;
-use crate::qemu::{Cleared, Leftovers, Session, refuse_migration};
-use crate::qmp::Client;
+use crate::qemu::{Cleared, Leftovers, Session};
+use crate::qmp::{Called, Client, RunStatus};
 
 /// Which guest to bring back.
 #[derive(Clone, Debug)]
@@ -62,32 +63,45 @@ pub fn resume(settings: &ResumeSettings, cancel: &Cancel, observer: &dyn Observe
     Ok(ResumeReport { cleared, resumed, run_state })
 }
 
-/// Connects for a save into `image`. Where a killed one has left something, in QEMU or beside the image, that is
+/// Begins a save into `image` with a monitor that was called; returns the guest's state and the answers to what `ask` asks
+/// ahead. Where a killed one has left something, in QEMU or beside the image, that is
 /// cleared first and said, and what it owed to the guest is owed by this one: the guest counts as running if it ran
 /// before the killed save.
 ///
 /// # Errors
 /// As [`resume()`] and [`Session::over`].
-pub(super) fn open_for_save(
-    address: &QmpAddress,
+pub(super) fn open_for_save<T>(
+    called: Called,
     image: &Path,
     cancel: &Cancel,
     observer: &dyn Observer,
-) -> Result<Session> {
-    let mut client = Client::connect(address, cancel)?;
+    ask: impl FnOnce(&mut Client) -> Result<T>,
+) -> Result<(Session, RunStatus, T)> {
+    let mut client = Client::greeted(called, cancel)?;
     let version = client.version()?;
     let mut session = Session::bare(client, version);
-    let left = session.claim(false)?;
-    if left.is_empty() {
-        refuse_migration(&mut session.client)?;
+    let claim = session.begin_claim()?;
+    let migration = session.client.begin("query-migrate", json!({}))?;
+    let looked = session.begin_looking()?;
+    session.ask_settings()?;
+    let asked = ask(&mut session.client)?;
+    let left = session.end_claim(claim, false)?;
+    let status = if left.is_empty() {
+        session.refuse_migration(migration)?;
+        RunStatus::of(&session.client.end(looked)?)?
     } else {
+        // What was asked ahead is out of date when that is done.
+        session.client.end(migration)?;
+        session.client.end(looked)?;
+        session.forget_settings()?;
         take_over(&mut session, left, observer)?;
-    }
+        session.client.status()?
+    };
     // Now that the killed save's descriptors are taken back, QEMU holds none of its files either.
     for stray in io::remove_strays(image) {
         observer.warn(&format!("removed {}, which a killed save had left", stray.display()));
     }
-    Ok(session)
+    Ok((session, status, asked))
 }
 
 /// Connects for finding out what a save would do: refused where a save is under way, and nothing that a killed one

@@ -157,7 +157,9 @@ impl Served {
             self.receive()?;
             while let Some(end) = self.line.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.line.drain(..=end).collect();
-                self.answer(&line)?;
+                // What is received at once ends with the descriptors in it, so they came with the last of these lines.
+                let fds = if self.line.is_empty() { self.fds.drain(..).collect() } else { Vec::new() };
+                self.answer(&line, fds)?;
             }
         }
         Ok(())
@@ -212,10 +214,9 @@ impl Served {
     }
 
     /// Carries out one command and answers it.
-    fn answer(&mut self, line: &[u8]) -> Result<(), Over> {
+    fn answer(&mut self, line: &[u8], fds: Vec<OwnedFd>) -> Result<(), Over> {
         let Ok(Value::Object(mut request)) = serde_json::from_slice(line) else { return Err(Over) };
         let id = request.remove("id").unwrap_or_default();
-        let fds: Vec<OwnedFd> = self.fds.drain(..).collect();
         if self.connection.is_none() {
             self.reconnect()?;
         }

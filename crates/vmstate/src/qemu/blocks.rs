@@ -1,6 +1,8 @@
 //! The RAM blocks of a running QEMU, as `info ramblock` lists them.
 
-use crate::qmp::Client;
+use serde_json::json;
+
+use crate::qmp::{Begun, Client};
 use crate::{Error, Kind, Result};
 
 /// A RAM block as QEMU's monitor shows it.
@@ -21,12 +23,39 @@ pub struct HostBlock {
     pub address: Option<u64>,
 }
 
+/// The question which RAM blocks a QEMU has.
+#[derive(Debug)]
+pub struct AskedBlocks(Begun);
+
+/// Asks for the RAM blocks, by the command of QEMU 6.2 and later that says the same in fewer words: QEMU takes a command in
+/// byte by byte.
+///
+/// # Errors
+/// As every QMP command.
+pub fn ask_host_blocks(client: &mut Client) -> Result<AskedBlocks> {
+    client.begin("x-query-ramblock", json!({})).map(AskedBlocks)
+}
+
+impl AskedBlocks {
+    /// Waits for the answer, in QEMU's order.
+    ///
+    /// # Errors
+    /// As [`host_blocks`].
+    pub fn answered(self, client: &mut Client) -> Result<Vec<HostBlock>> {
+        match client.end(self.0) {
+            Ok(answer) => parse(answer["human-readable-text"].as_str().unwrap_or_default()),
+            Err(error) if error.is_refusal() => parse(&client.human("info ramblock")?),
+            Err(error) => Err(error),
+        }
+    }
+}
+
 /// Lists the RAM blocks, in QEMU's order.
 ///
 /// # Errors
 /// As every QMP command; [`Kind::Peer`] where the table has an unknown form.
 pub fn host_blocks(client: &mut Client) -> Result<Vec<HostBlock>> {
-    parse(&client.human("info ramblock")?)
+    ask_host_blocks(client)?.answered(client)
 }
 
 /// Parses the table of `info ramblock` (system/physmem.c:ram_block_format, QEMU 10.0). The name may hold

@@ -26,7 +26,7 @@ pub fn ask_guest_facts(client: &mut Client) -> Result<AskedFacts> {
     let mut ask = |command| client.begin(command, json!({}));
     Ok(AskedFacts {
         kvm: ask("query-kvm")?,
-        cpus: ask("query-cpus-fast")?,
+        cpus: ask("query-hotpluggable-cpus")?,
         backends: ask("query-memdev")?,
         disks: ask("query-block")?,
     })
@@ -43,15 +43,15 @@ impl AskedFacts {
         let cpus = answer(self.cpus)?;
         let backends = answer(self.backends)?;
         let disks = answer(self.disks)?;
-        let cpu_model = match cpus[0]["qom-path"].as_str() {
-            Some(path) => refused(client.qom_string(path, "type"))?.unwrap_or_default(),
-            None => String::new(),
+        let (cpus, cpu_model) = match plugged(&cpus) {
+            Some(told) => told,
+            None => ask_processors(client)?,
         };
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         Ok(GuestFacts {
             accelerator: if kvm["enabled"].as_bool() == Some(true) { "kvm" } else { "tcg" }.to_owned(),
             cpu_model,
-            cpus: cpus.as_array().map_or(0, Vec::len) as u32,
+            cpus,
             memory_backends: list(&backends)
                 .map(|backend| MemoryBackend {
                     id: text(&backend["id"]),
@@ -62,6 +62,25 @@ impl AskedFacts {
             disks: list(&disks).filter_map(disk).collect(),
         })
     }
+}
+
+/// How many processors there are and of which model, as `query-hotpluggable-cpus` tells it of those that are plugged in;
+/// `None` where it tells of none, as of a machine whose processors are there for good.
+fn plugged(answer: &Value) -> Option<(u32, String)> {
+    let plugged: Vec<_> = list(answer).filter(|slot| slot["qom-path"].is_string()).collect();
+    let model = plugged.first()?["type"].as_str()?.to_owned();
+    let processors = |slot: &&Value| slot["vcpus-count"].as_u64().unwrap_or(1);
+    Some((u32::try_from(plugged.iter().map(processors).sum::<u64>()).ok()?, model))
+}
+
+/// The same in two questions, which every machine answers.
+fn ask_processors(client: &mut Client) -> Result<(u32, String)> {
+    let cpus = refused(client.execute("query-cpus-fast", json!({})))?.unwrap_or_default();
+    let model = match cpus[0]["qom-path"].as_str() {
+        Some(path) => refused(client.qom_string(path, "type"))?.unwrap_or_default(),
+        None => String::new(),
+    };
+    Ok((cpus.as_array().map_or(0, Vec::len) as u32, model))
 }
 
 /// Asks for the same and waits for the answers.
@@ -145,6 +164,21 @@ mod tests {
             ("", Some(7), None),
         ] {
             assert_eq!(local_path(file, pid).as_deref(), expected.map(Path::new), "{file}");
+        }
+    }
+
+    #[test]
+    fn processors_are_those_that_are_plugged_in() {
+        let slot =
+            |path: Option<&str>, count| json!({ "type": "a-cpu", "vcpus-count": count, "qom-path": path });
+        for (answer, expected) in [
+            (json!([slot(None, 1), slot(Some("/b"), 1), slot(Some("/a"), 1)]), Some(2)),
+            (json!([slot(Some("/core"), 4)]), Some(4)),
+            (json!([slot(None, 1)]), None),
+            (json!(null), None),
+        ] {
+            let told = plugged(&answer);
+            assert_eq!(told, expected.map(|count| (count, "a-cpu".to_owned())), "{answer}");
         }
     }
 

@@ -2,11 +2,11 @@
 
 use serde_json::{Value, json};
 
-use super::note::{Fate, Note, generation, host, read_notes, remove_note};
+use super::note::{Fate, Note, ask_objects, generation, host, read_notes, remove_note};
 use super::probe::{PROBE, is_probe_bandwidth};
 use super::process::PROOF;
-use super::session::{MARK, Session, mark as mark_of};
-use crate::qmp::{Capability, Client};
+use super::session::{DEVICES, MARK, Session, mark as mark_of};
+use crate::qmp::{Begun, Capability, Client};
 use crate::{Error, Kind, Result};
 
 /// What savers have left in a QEMU.
@@ -16,6 +16,8 @@ pub struct Leftovers {
     notes: Vec<(String, Note)>,
     /// Descriptor sets whose maker is gone.
     fdsets: Vec<u64>,
+    /// Whether one of them is of an image: only a migration is given such a set.
+    has_image: bool,
 }
 
 /// What was cleared.
@@ -35,6 +37,27 @@ pub struct Cleared {
     pub parameters: Vec<String>,
 }
 
+/// The questions that tell of them.
+#[derive(Debug)]
+pub(super) struct AskedLeftovers {
+    objects: Begun,
+    fdsets: Begun,
+}
+
+impl AskedLeftovers {
+    /// What was found, as [`Leftovers::find`] says it.
+    pub(super) fn answered(self, client: &mut Client, force: bool, own: Option<&str>) -> Result<Leftovers> {
+        let objects = client.end(self.objects);
+        let fdsets = client.end(self.fdsets)?;
+        let notes = match objects.and_then(|objects| read_notes(client, &objects, own)) {
+            // A QEMU so old that it has no such objects has no notes.
+            Err(error) if error.is_refusal() => Vec::new(),
+            notes => notes?,
+        };
+        Leftovers::of(notes, &fdsets, force)
+    }
+}
+
 impl Leftovers {
     /// Looks for them, passing over the note `own`. Nothing is changed.
     ///
@@ -42,11 +65,15 @@ impl Leftovers {
     /// [`Kind::Peer`] where a save is under way by a process that lives, or that cannot be seen from here unless
     /// `force` says that it is gone; others as every QMP command.
     pub fn find(client: &mut Client, force: bool, own: Option<&str>) -> Result<Leftovers> {
-        let notes = match read_notes(client, own) {
-            // A QEMU so old that it has no such objects has no notes.
-            Err(error) if error.is_refusal() => Vec::new(),
-            notes => notes?,
-        };
+        Leftovers::ask(client)?.answered(client, force, own)
+    }
+
+    /// Asks for them.
+    pub(super) fn ask(client: &mut Client) -> Result<AskedLeftovers> {
+        Ok(AskedLeftovers { objects: ask_objects(client)?, fdsets: client.begin("query-fdsets", json!({}))? })
+    }
+
+    fn of(notes: Vec<(String, Note)>, fdsets: &Value, force: bool) -> Result<Leftovers> {
         for (_, note) in &notes {
             let pid = note.saver.pid;
             match note.saver.fate() {
@@ -65,18 +92,22 @@ impl Leftovers {
                 }
             }
         }
-        let answer = client.execute("query-fdsets", json!({}))?;
-        let is_left = |set: &&Value| {
+        let mut left = Leftovers::default();
+        for set in fdsets.as_array().into_iter().flatten() {
             let fds = set["fds"].as_array().map(Vec::as_slice).unwrap_or_default();
-            let mut marks = fds.iter().filter_map(|fd| fd["opaque"].as_str());
-            marks.any(|mark| {
-                notes.iter().any(|(_, note)| mark_of(&note.saver, note.session) == mark)
-                    || is_of_the_dead(mark)
-            })
-        };
-        let fdsets = answer.as_array().into_iter().flatten().filter(is_left);
-        let fdsets = fdsets.filter_map(|set| set["fdset-id"].as_u64()).collect();
-        Ok(Leftovers { notes, fdsets })
+            let marks = fds.iter().filter_map(|fd| fd["opaque"].as_str());
+            let ours = marks.filter(|mark| {
+                let session = mark.strip_suffix(DEVICES).unwrap_or(mark);
+                notes.iter().any(|(_, note)| mark_of(&note.saver, note.session) == session)
+                    || is_of_the_dead(session)
+            });
+            let of_image: Vec<bool> = ours.map(|mark| !mark.ends_with(DEVICES)).collect();
+            if let (false, Some(fdset)) = (of_image.is_empty(), set["fdset-id"].as_u64()) {
+                left.fdsets.push(fdset);
+                left.has_image |= of_image.contains(&true);
+            }
+        }
+        Ok(Leftovers { notes, ..left })
     }
 
     /// The generation of a claim behind all that are there.
@@ -104,7 +135,7 @@ impl Leftovers {
             migration_cancelled: self.cancel_migration(session)?,
             ..Cleared::default()
         };
-        let noted = self.notes.iter().filter_map(|(_, note)| note.stopped.clone()).next_back();
+        let noted = self.notes.iter().filter_map(|(_, note)| note.owed.stopped.clone()).next_back();
         let status = session.client.status()?;
         // Any other state is not that of a guest which a save has stopped: somebody has dealt with it since.
         if matches!(status.status.as_str(), "paused" | "postmigrate" | "finish-migrate" | "save-vm") {
@@ -135,9 +166,14 @@ impl Leftovers {
         if !migration.is_under_way() {
             return Ok(false);
         }
-        // Nobody else has our descriptors, and nobody else chokes a migration as the probe does.
+        if migration.status == "cancelling" {
+            // Whoever cancelled it is done with it; the settings of a probe are put back by then.
+            session.await_cancelled()?;
+            return Ok(true);
+        }
+        // Nobody else migrates into our descriptors, and nobody else chokes a migration as the probe does.
         let bandwidth = session.client.parameters()?.get("max-bandwidth").and_then(Value::as_u64);
-        if self.fdsets.is_empty() && !bandwidth.is_some_and(is_probe_bandwidth) {
+        if !self.has_image && !bandwidth.is_some_and(is_probe_bandwidth) {
             return Err(Error::new(
                 Kind::Peer,
                 format!(
@@ -153,7 +189,7 @@ impl Leftovers {
 
     fn put_settings_back(&self, session: &mut Session, cleared: &mut Cleared) -> Result<()> {
         // The first note knows the settings that were found; later ones may know of more.
-        let on = self.notes.iter().find_map(|(_, note)| note.capabilities.as_ref());
+        let on = self.notes.iter().find_map(|(_, note)| note.owed.capabilities.as_ref());
         let now = session.client.capabilities()?;
         let wanted: Vec<Capability> = match on {
             None => now.clone(),
@@ -164,7 +200,7 @@ impl Leftovers {
         let now = session.client.parameters()?;
         let mut changes = serde_json::Map::new();
         for (_, note) in self.notes.iter().rev() {
-            changes.extend(note.parameters.clone());
+            changes.extend(note.owed.parameters.clone());
         }
         changes.retain(|name, value| now.get(name).is_some_and(|now| now != value));
         cleared.parameters = changes.keys().cloned().collect();

@@ -1,13 +1,14 @@
 //! The note that a save leaves in QEMU while it owes it something, for the day that it is killed.
 //!
-//! It is an object of type `secret` whose data is a line of JSON: who saves, in which state the guest was, and which
-//! settings are to be put back. QEMU holds it whatever becomes of the connection, and it ends with QEMU, so it is
+//! It is an object of type `secret` with two lines of JSON. Its `data` is there from the beginning: who saves. What is owed
+//! is a property that can be set at any time, the `iv` of a secret that is encrypted, which this one is not: in which
+//! state the guest was, and which settings are to be put back. QEMU holds it whatever becomes of the connection, and it ends with QEMU, so it is
 //! never about another one. A descriptor set, whose `opaque` text could say the same, is dropped by QEMU as soon as
 //! the last client of a running guest leaves (monitor/fds.c:monitor_fdsets_cleanup), which is just when the note is
 //! needed. Objects can be added to any QEMU since 2.6, over TCP as well, and have no part in migration.
 //!
-//! QEMU takes a command in byte by byte, 2 to 3 µs each, so the note is kept short: it costs less than a millisecond,
-//! none of it while the guest is stopped.
+//! QEMU takes a command in byte by byte, 2 to 5 µs each, so the note is kept short, and what is owed is written once:
+//! it costs a millisecond and a half, none of it while the guest is stopped.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -16,13 +17,15 @@ use mem::{Peer, PeerError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::qmp::Client;
+use crate::qmp::{Begun, Client};
 use crate::{Error, Kind, Result};
 
 /// What the id of a note begins with.
 const PREFIX: &str = "vmstate-note-";
 /// What the id of a claim begins with, behind that; its generation follows.
 const CLAIM: &str = "claim.";
+/// The property that says what is owed.
+const OWED: &str = "iv";
 /// The longest note that is read; ours have a few hundred bytes.
 const NOTE_LEN_MAX: usize = 64 << 10;
 
@@ -81,16 +84,9 @@ pub(super) fn host() -> String {
 }
 
 /// What a save owes to QEMU at one moment.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Note {
-    /// Who owes it.
-    #[serde(flatten)]
-    pub saver: Saver,
-    /// Which of its sessions it is, and which of that session's notes: each says all that those before it said.
-    pub session: u64,
-    /// See there.
-    pub serial: u64,
-    /// The state of the guest before it was stopped, where it was stopped.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owed {
+    /// The state of the guest before it was stopped, where it was or is about to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stopped: Option<String>,
     /// The capabilities that were on, where any was changed.
@@ -101,38 +97,94 @@ pub struct Note {
     pub parameters: Map<String, Value>,
 }
 
+/// A note: who owes what.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Note {
+    /// Who owes it.
+    #[serde(flatten)]
+    pub saver: Saver,
+    /// Which of its sessions it is.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub session: u64,
+    /// What is owed, which is not written together with the rest.
+    #[serde(skip)]
+    pub owed: Owed,
+}
+
+fn is_first(session: &u64) -> bool {
+    *session == 0
+}
+
 impl Note {
-    /// Leaves it in QEMU and returns the id to remove it by.
+    /// Leaves it in QEMU and returns the id to change and remove it by.
     ///
     /// # Errors
     /// As every QMP command.
     pub(super) fn leave(&self, client: &mut Client) -> Result<String> {
-        let id = format!("{PREFIX}{}-{}.{}", self.saver.pid, self.session, self.serial);
-        self.add(client, &id)?;
+        let id = format!("{PREFIX}{}-{}", self.saver.pid, self.session);
+        let added = self.begin_adding(client, &id)?;
+        client.end(added)?;
+        let written = begin_writing(client, &id, &self.owed)?;
+        client.end(written)?;
         Ok(id)
     }
 
-    /// Leaves it as the claim of a generation, which there can be only one of: QEMU refuses a second object of an id.
-    /// `None` where another saver was faster.
+    /// Begins to leave it as the claim of a generation, which there can be only one of: QEMU refuses a second object of
+    /// an id. Nothing is owed yet.
     ///
     /// # Errors
     /// As every QMP command.
-    pub(super) fn claim(&self, client: &mut Client, generation: u64) -> Result<Option<String>> {
+    pub(super) fn begin_claim(&self, client: &mut Client, generation: u64) -> Result<Claiming> {
         let id = format!("{PREFIX}{CLAIM}{generation}");
-        match self.add(client, &id) {
-            Ok(()) => Ok(Some(id)),
+        let added = self.begin_adding(client, &id)?;
+        Ok(Claiming { id, added })
+    }
+
+    fn begin_adding(&self, client: &mut Client, id: &str) -> Result<Begun> {
+        let data = serde_json::to_string(self).map_err(unwritten)?;
+        client.begin("object-add", json!({ "qom-type": "secret", "id": id, "data": data }))
+    }
+}
+
+/// A claim that is on its way.
+#[derive(Debug)]
+pub(super) struct Claiming {
+    id: String,
+    added: Begun,
+}
+
+impl Claiming {
+    /// The id of the claim; `None` where another saver was faster.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub(super) fn end(self, client: &mut Client) -> Result<Option<String>> {
+        match client.end(self.added) {
+            Ok(_) => Ok(Some(self.id)),
             // "attempt to add duplicate property 'ID' to object (type 'container')"
             // (qom/object.c:object_property_try_add, QEMU 7.2 and 10.0).
             Err(error) if error.to_string().contains("duplicate property") => Ok(None),
             Err(error) => Err(error),
         }
     }
+}
 
-    fn add(&self, client: &mut Client, id: &str) -> Result<()> {
-        let data = serde_json::to_string(self)
-            .map_err(|error| Error::new(Kind::Misuse, "a note cannot be written").because(error))?;
-        client.execute("object-add", json!({ "qom-type": "secret", "id": id, "data": data })).map(drop)
-    }
+/// Begins to write into a note that is there what is owed now. It takes the place of what was owed before: at no moment
+/// is there nothing.
+///
+/// # Errors
+/// As every QMP command.
+pub(super) fn begin_writing(client: &mut Client, id: &str, owed: &Owed) -> Result<Begun> {
+    let text = serde_json::to_string(owed).map_err(unwritten)?;
+    client.begin("qom-set", json!({ "path": object(id), "property": OWED, "value": text }))
+}
+
+fn unwritten(error: serde_json::Error) -> Error {
+    Error::new(Kind::Misuse, "a note cannot be written").because(error)
+}
+
+fn object(id: &str) -> String {
+    format!("/objects/{id}")
 }
 
 /// The generation of the claim of this id; `None` for another note.
@@ -145,19 +197,47 @@ pub(super) fn generation(id: &str) -> Option<u64> {
 /// # Errors
 /// As every QMP command.
 pub(super) fn remove_note(client: &mut Client, id: &str) -> Result<()> {
-    match client.execute("object-del", json!({ "id": id })) {
+    let removed = begin_removing(client, id)?;
+    end_removing(client, removed)
+}
+
+/// Begins to take a note away.
+///
+/// # Errors
+/// As every QMP command.
+pub(super) fn begin_removing(client: &mut Client, id: &str) -> Result<Begun> {
+    client.begin("object-del", json!({ "id": id }))
+}
+
+/// Waits until a note is away.
+///
+/// # Errors
+/// As [`remove_note`].
+pub(super) fn end_removing(client: &mut Client, removed: Begun) -> Result<()> {
+    match client.end(removed) {
         // "object 'ID' not found" (qom/object_interfaces.c:user_creatable_del, QEMU 10.0).
         Err(error) if error.to_string().ends_with(" not found") => Ok(()),
         answer => answer.map(drop),
     }
 }
 
-/// Every note in QEMU but the one of the id `own`, with its id, a save's later ones behind its earlier ones.
+/// The question which objects a QEMU has.
+///
+/// # Errors
+/// As every QMP command.
+pub(super) fn ask_objects(client: &mut Client) -> Result<Begun> {
+    client.begin("qom-list", json!({ "path": "/objects" }))
+}
+
+/// Every note among these objects but the one of the id `own`, with its id, claims in the order of their generations.
 ///
 /// # Errors
 /// As every QMP command; [`Kind::Peer`] where one cannot be read.
-pub(super) fn read_notes(client: &mut Client, own: Option<&str>) -> Result<Vec<(String, Note)>> {
-    let objects = client.execute("qom-list", json!({ "path": "/objects" }))?;
+pub(super) fn read_notes(
+    client: &mut Client,
+    objects: &Value,
+    own: Option<&str>,
+) -> Result<Vec<(String, Note)>> {
     let names: Vec<String> = objects
         .as_array()
         .into_iter()
@@ -168,19 +248,24 @@ pub(super) fn read_notes(client: &mut Client, own: Option<&str>) -> Result<Vec<(
         .collect();
     let mut notes = Vec::new();
     for id in names {
-        let data = client.qom_string(&format!("/objects/{id}"), "data")?;
+        let data = client.qom_string(&object(&id), "data")?;
+        let owed = client.qom_string(&object(&id), OWED)?;
         let unknown = || {
             Error::new(Kind::Peer, format!("the note `{id}` in QEMU is of an unknown form")).hint(format!(
                 "another version of vmstate left it; remove it with the QMP command object-del of {id}"
             ))
         };
-        if data.len() > NOTE_LEN_MAX {
+        if data.len().max(owed.len()) > NOTE_LEN_MAX {
             return Err(unknown());
         }
-        let note: Note = serde_json::from_str(&data).map_err(|error| unknown().because(error))?;
+        let mut note: Note = serde_json::from_str(&data).map_err(|error| unknown().because(error))?;
+        // A claim owes nothing before something is changed.
+        if !owed.is_empty() {
+            note.owed = serde_json::from_str(&owed).map_err(|error| unknown().because(error))?;
+        }
         notes.push((id, note));
     }
-    notes.sort_by_key(|(_, note)| note.serial);
+    notes.sort_by_key(|(id, note)| (generation(id), note.session));
     Ok(notes)
 }
 
@@ -203,25 +288,26 @@ mod tests {
         let mut parameters = Map::new();
         parameters.insert("max-bandwidth".to_owned(), json!(134_217_728));
         let saver = Saver { pid: 123_456, start_time: 12_345_678, host: "c0ffee12-4026531836".to_owned() };
-        let note = Note {
-            saver,
-            session: 0,
-            serial: 1,
+        let note = Note { saver, session: 0, owed: Owed::default() };
+        let text = serde_json::to_string(&note).unwrap();
+        assert_eq!(text, r#"{"pid":123456,"start":12345678,"host":"c0ffee12-4026531836"}"#);
+        assert_eq!(serde_json::from_str::<Note>(&text).unwrap(), note);
+        let second = Note { session: 1, ..note };
+        let text = serde_json::to_string(&second).unwrap();
+        assert!(text.ends_with(r#","session":1}"#), "{text}");
+        assert_eq!(serde_json::from_str::<Note>(&text).unwrap(), second);
+        // A note by who knows whom is none.
+        assert!(serde_json::from_str::<Note>("{}").is_err());
+
+        let owed = Owed {
             stopped: Some("running".to_owned()),
             capabilities: Some(vec!["events".to_owned()]),
             parameters,
         };
-        let text = serde_json::to_string(&note).unwrap();
-        assert_eq!(
-            text,
-            r#"{"pid":123456,"start":12345678,"host":"c0ffee12-4026531836","session":0,"serial":1,"stopped":"running","on":["events"],"were":{"max-bandwidth":134217728}}"#
-        );
-        assert_eq!(serde_json::from_str::<Note>(&text).unwrap(), note);
-        // What is not owed is not said, and a note by who knows whom is none.
-        let empty = Note { stopped: None, capabilities: None, parameters: Map::new(), ..note };
-        let text = serde_json::to_string(&empty).unwrap();
-        assert!(text.ends_with(r#""serial":1}"#), "{text}");
-        assert_eq!(serde_json::from_str::<Note>(&text).unwrap(), empty);
-        assert!(serde_json::from_str::<Note>("{}").is_err());
+        let text = serde_json::to_string(&owed).unwrap();
+        assert_eq!(text, r#"{"stopped":"running","on":["events"],"were":{"max-bandwidth":134217728}}"#);
+        assert_eq!(serde_json::from_str::<Owed>(&text).unwrap(), owed);
+        // What is not owed is not said.
+        assert_eq!(serde_json::to_string(&Owed::default()).unwrap(), "{}");
     }
 }

@@ -18,7 +18,8 @@ use wire::qemu::{
 
 use super::Session;
 use super::process::search;
-use crate::qmp::Version;
+use super::session::Changing;
+use crate::qmp::{Begun, Version};
 use crate::{Error, Kind, Result};
 
 /// The name under which QEMU receives the socket.
@@ -83,72 +84,131 @@ pub enum Probed {
 }
 
 /// The socket of a probe, of which QEMU holds the other end: whoever else holds that is QEMU's process.
-pub struct ProbeSocket {
+struct ProbeSocket {
     ours: UnixStream,
     theirs: Stat,
+    given: Begun,
 }
 
 impl ProbeSocket {
-    /// Gives QEMU its end.
+    /// Begins to give QEMU its end.
     ///
     /// # Errors
     /// As every QMP command; [`Kind::Unsupported`] where the monitor takes no descriptors.
-    pub fn give(session: &mut Session) -> Result<ProbeSocket> {
+    fn begin_giving(session: &mut Session) -> Result<ProbeSocket> {
         let (ours, theirs) =
             UnixStream::pair().map_err(|error| Error::io("cannot create a socket pair", error))?;
         rustix::net::sockopt::set_socket_send_buffer_size(&theirs, PROBE_SEND_BUFFER)
             .map_err(|error| Error::io("cannot shrink a socket's buffer", error))?;
         let stat = fstat(&theirs).map_err(|error| Error::io("cannot stat a socket", error))?;
-        session.give_fd(PROBE, theirs.as_fd())?;
-        Ok(ProbeSocket { ours, theirs: stat })
+        // Closed only when QEMU was told to stop writing into it: it is never left with a broken pipe.
+        session.hold(ours.try_clone().map_err(|error| Error::io("cannot duplicate a socket", error))?.into());
+        let given = session.begin_giving(PROBE, theirs.as_fd())?;
+        Ok(ProbeSocket { ours, theirs: stat, given })
     }
+}
 
-    /// Finds QEMU's process, as [`find_process`](super::find_process) does, without a descriptor of its own for that.
+/// A probe whose migration starts.
+pub struct Probing {
+    ours: UnixStream,
+    changing: Changing,
+    migrating: Option<Begun>,
+}
+
+/// A probe that has told all, and whose migration is being cancelled.
+pub struct Cancelling {
+    ours: UnixStream,
+    cancelled: Begun,
+    back: Option<Begun>,
+    asked: Option<Begun>,
+}
+
+/// What is sent to QEMU to migrate into the socket.
+fn uri() -> String {
+    format!("fd:{PROBE}")
+}
+
+impl Probing {
+    /// Begins to probe a guest with so many bytes of RAM, running or paused, and finds QEMU's process, as
+    /// [`find_process`](super::find_process) does: whoever else has the other end of the probe's socket is QEMU.
     ///
     /// # Errors
-    /// As there. QEMU does not keep the socket then.
-    pub fn find_process(&self, session: &mut Session, pid: Option<u32>) -> Result<Peer> {
-        match search(session, pid, &self.theirs) {
-            Ok(peer) => Ok(peer),
+    /// As there; as every QMP command. QEMU is as it was then, or will be with the end of the session.
+    pub fn begin(session: &mut Session, ram_bytes: u64, pid: Option<u32>) -> Result<(Probing, Peer)> {
+        let ProbeSocket { mut ours, theirs, given } = ProbeSocket::begin_giving(session)?;
+        let bandwidth = bandwidth(&session.version);
+        let parameters =
+            [("max-bandwidth", json!(bandwidth)), ("mode", json!("normal")), ("tls-creds", json!(""))];
+        let changing = session.begin_configuring_probe(ram_bytes, &parameters)?;
+        let migrating = session.begin_migrating(&uri())?;
+        session.client.end(given)?;
+        match search(session, pid, &theirs) {
+            Ok(peer) => Ok((Probing { ours, changing, migrating }, peer)),
             Err(error) => {
-                session.take_fd_back(PROBE)?;
+                session.end_changing(changing)?;
+                match migrating {
+                    Some(_) => {
+                        session.end_migrating(migrating, &uri())?;
+                        session.cancel_migration()?;
+                        drain(&mut ours);
+                    }
+                    None => session.take_fd_back(PROBE)?,
+                }
+                session.let_go();
+                session.end_settings_back(None)?;
                 Err(error)
             }
         }
     }
+
+    /// Waits for what QEMU tells, and begins to cancel its migration and to put its settings back.
+    ///
+    /// # Errors
+    /// [`Kind::Peer`] where QEMU refuses to migrate this guest, with its reason, or sends what is no stream. What is under
+    /// way then ends with the session.
+    pub fn listen(self, session: &mut Session) -> Result<(Probed, Cancelling)> {
+        let Probing { mut ours, changing, migrating } = self;
+        session.end_changing(changing)?;
+        session.end_migrating(migrating, &uri())?;
+        let told = listen(session, &mut ours)?;
+        let cancelled = session.client.begin("migrate_cancel", json!({}))?;
+        // A limit that is lifted behind the cancel lets nothing more through: the migration looks for the error that the
+        // cancel has left in its file before each page (migration/ram.c:ram_save_iterate, QEMU 7.2 and 10.0).
+        let back = session.begin_settings_back()?;
+        Ok((told, Cancelling { ours, cancelled, back, asked: None }))
+    }
 }
 
-/// Probes the guest, running or paused, and leaves it as it was.
-///
-/// The capabilities must have been switched off, see [`Session::configure`], which this does itself.
-///
-/// # Errors
-/// [`Kind::Peer`] where QEMU refuses to migrate this guest, with its reason, or sends what is no stream.
-pub fn probe(session: &mut Session, socket: ProbeSocket) -> Result<Probed> {
-    let ProbeSocket { mut ours, .. } = socket;
-    let bandwidth = bandwidth(&session.version);
-    session.configure(
-        // A guest so small that it is through at once stops here instead of completing.
-        &["pause-before-switchover"],
-        &[("max-bandwidth", json!(bandwidth)), ("mode", json!("normal")), ("tls-creds", json!(""))],
-    )?;
-    session.migrate(&format!("fd:{PROBE}"))?;
-    let told = listen(session, &mut ours);
-    // Cancelled before the socket is closed, and drained after: QEMU is never left with a broken pipe that
-    // it did not make itself.
-    let ended = session.cancel_migration();
-    if ended.is_ok() {
+impl Cancelling {
+    /// Asks whether it is cancelled. Whatever QEMU is asked before gives it time for that.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn ask(&mut self, session: &mut Session) -> Result<()> {
+        self.asked = Some(session.client.begin("query-migrate", json!({}))?);
+        Ok(())
+    }
+
+    /// Waits until the migration is gone and QEMU has its settings back.
+    ///
+    /// # Errors
+    /// As every QMP command; [`Kind::Peer`] where it ended otherwise.
+    pub fn end(self, session: &mut Session) -> Result<()> {
+        let Cancelling { mut ours, cancelled, back, asked } = self;
+        session.client.end(cancelled)?;
+        let ended = match asked {
+            Some(asked) => session.await_cancelled_from(asked)?,
+            None => session.await_cancelled()?,
+        };
         drain(&mut ours);
-    } else {
-        // Interrupted, or QEMU hangs: waiting for its end of the socket here could take for ever.
-        session.hold(ours.into());
+        session.let_go();
+        session.end_settings_back(back)?;
+        if ended.status != "cancelled" {
+            let clause = format!("the probe migration ended as `{}`", ended.status);
+            return Err(Error::new(Kind::Peer, clause));
+        }
+        Ok(())
     }
-    let told = told?;
-    let ended = ended?;
-    if ended.status != "cancelled" {
-        return Err(Error::new(Kind::Peer, format!("the probe migration ended as `{}`", ended.status)));
-    }
-    Ok(told)
 }
 
 /// Reads from the socket until the RAM section's setup and one more item are there.

@@ -30,7 +30,7 @@ const EVENT_NAME_LEN_MAX: usize = 64;
 const MOVES: [&str; 7] =
     ["RESUME", "RESET", "SHUTDOWN", "POWERDOWN", "WAKEUP", "GUEST_PANICKED", libvirt::LOST];
 /// How many commands may be begun and not ended.
-const BEGUN_MAX: usize = 16;
+const BEGUN_MAX: usize = 32;
 /// The most descriptors one command carries; ours carry one.
 const FDS_MAX: usize = 2;
 
@@ -58,6 +58,13 @@ pub struct Moves {
     pub first: Option<&'static str>,
     /// Whether another client has resumed it.
     pub resumed: bool,
+}
+
+/// A monitor that was called and has not greeted yet.
+pub struct Called {
+    stream: Stream,
+    name: String,
+    has_late_events: bool,
 }
 
 /// A command on its way.
@@ -109,6 +116,8 @@ pub struct Client {
     next_id: u64,
     /// Commands that were begun and not ended, with their answers where these have come already.
     begun: Vec<(u64, Option<Value>)>,
+    /// The latest command that carried descriptors, until it is answered.
+    carrying: Option<u64>,
     cancel: Option<Cancel>,
     has_late_events: bool,
     /// The longest that an answer may take; `None` waits for ever.
@@ -124,6 +133,14 @@ impl Client {
     /// [`GREETING_TIMEOUT`]: a monitor's socket serves one client at a time, and a second one connects
     /// and hears nothing.
     pub fn connect(address: &QmpAddress, cancel: &Cancel) -> Result<Client> {
+        Client::greeted(Client::call(address, cancel)?, cancel)
+    }
+
+    /// Connects to a monitor, which takes its time to greet: [`Client::greeted`] waits for that.
+    ///
+    /// # Errors
+    /// [`Kind::Io`] where nobody listens.
+    pub fn call(address: &QmpAddress, cancel: &Cancel) -> Result<Called> {
         let refused = |error: std::io::Error| {
             let hint = match error.kind() {
                 ErrorKind::NotFound => "start QEMU with -qmp unix:PATH,server=on,wait=off",
@@ -142,8 +159,17 @@ impl Client {
             }
             QmpAddress::Domain { uri, name } => Stream::Unix(libvirt::open_monitor(uri, name, cancel)?),
         };
-        let mut client = Client::greet(stream, address.to_string(), cancel)?;
-        client.has_late_events = matches!(address, QmpAddress::Domain { .. });
+        let has_late_events = matches!(address, QmpAddress::Domain { .. });
+        Ok(Called { stream, name: address.to_string(), has_late_events })
+    }
+
+    /// Waits for the greeting of a monitor that was called, and enters command mode.
+    ///
+    /// # Errors
+    /// As [`Client::connect`].
+    pub fn greeted(called: Called, cancel: &Cancel) -> Result<Client> {
+        let mut client = Client::greet(called.stream, called.name, cancel)?;
+        client.has_late_events = called.has_late_events;
         Ok(client)
     }
 
@@ -171,6 +197,7 @@ impl Client {
             moves: Moves::default(),
             next_id: 0,
             begun: Vec::new(),
+            carrying: None,
             cancel: Some(cancel.clone()),
             has_late_events: false,
             timeout: None,
@@ -188,7 +215,13 @@ impl Client {
                 .hint(ADDRESS_HINT));
         }
         client.greeting = greeting;
-        client.execute("qmp_capabilities", json!({}))?;
+        // Where QEMU offers to take commands out of turn, it reads one while it carries out the one before.
+        let offers =
+            |name| client.greeting["QMP"]["capabilities"].as_array().is_some_and(|all| all.contains(name));
+        let wanted = if offers(&json!("oob")) { json!({ "enable": ["oob"] }) } else { json!({}) };
+        // Whatever is asked next need not wait for the answer.
+        let entered = client.begin("qmp_capabilities", wanted)?;
+        client.end(entered)?;
         Ok(client)
     }
 
@@ -261,10 +294,31 @@ impl Client {
     /// # Panics
     /// When there are too many.
     pub fn begin(&mut self, command: &'static str, arguments: Value) -> Result<Begun> {
+        self.begin_with(command, arguments, &[])
+    }
+
+    /// As [`Client::begin`], for a command that carries descriptors.
+    ///
+    /// # Errors
+    /// As [`Client::begin`].
+    ///
+    /// # Panics
+    /// As [`Client::begin`].
+    pub fn begin_with(
+        &mut self,
+        command: &'static str,
+        arguments: Value,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Begun> {
         assert!(self.begun.len() < BEGUN_MAX, "commands begun and not ended");
-        let id = self.dispatch(command, arguments, &[], self.deadline())?;
+        let id = self.dispatch(command, arguments, fds, self.deadline())?;
         self.begun.push((id, None));
         Ok(Begun { id, command })
+    }
+
+    /// Forgets what was begun: nobody will ask for the answers.
+    pub fn forget_begun(&mut self) {
+        self.begun.clear();
     }
 
     /// Waits for the answer of a command that was begun.
@@ -296,6 +350,12 @@ impl Client {
         fds: &[BorrowedFd<'_>],
         deadline: Option<Instant>,
     ) -> Result<u64> {
+        // QEMU keeps the descriptors that came last, whichever command they came with, and reads ahead
+        // (chardev/char-socket.c:tcp_chr_recv, QEMU 10.0).
+        while let (false, Some(_)) = (fds.is_empty(), self.carrying) {
+            let Some(message) = self.read_message(deadline)? else { return Err(self.unanswered(command)) };
+            self.queue(message);
+        }
         self.next_id += 1;
         let id = self.next_id;
         let mut request = Map::new();
@@ -306,6 +366,9 @@ impl Client {
         request.insert("id".into(), id.into());
         let mut line = Value::Object(request).to_string();
         line.push('\n');
+        if !fds.is_empty() {
+            self.carrying = Some(id);
+        }
         if self.send(command, line.as_bytes(), fds, deadline)? {
             Ok(id)
         } else {
@@ -318,6 +381,7 @@ impl Client {
         loop {
             let Some(message) = self.read_message(deadline)? else { return Err(self.unanswered(command)) };
             if message.get("id").and_then(Value::as_u64) == Some(id) {
+                self.carrying = self.carrying.filter(|carrying| *carrying != id);
                 return outcome(command, message);
             }
             self.queue(message);
@@ -371,6 +435,7 @@ impl Client {
     /// was cut short.
     fn queue(&mut self, message: Value) {
         let id = message.get("id").and_then(Value::as_u64);
+        self.carrying = self.carrying.filter(|carrying| Some(*carrying) != id);
         if let Some((_, answer)) = self.begun.iter_mut().find(|(begun, _)| Some(*begun) == id) {
             *answer = Some(message);
             return;
@@ -635,6 +700,50 @@ mod tests {
         assert_eq!((error.to_string().as_str(), error.is_refusal()), ("QEMU refused query-second: no", true));
         assert_eq!(client.end(first).unwrap(), json!(2));
         assert!(client.begun.is_empty());
+    }
+
+    #[test]
+    fn a_monitor_that_offers_it_is_told_to_read_ahead() {
+        for (offered, expected) in [
+            (json!(["oob"]), json!({ "enable": ["oob"] })),
+            (json!([]), Value::Null),
+            (Value::Null, Value::Null),
+        ] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let greeting = format!("{}\n", json!({ "QMP": { "capabilities": offered } }));
+            let peer = std::thread::spawn(move || {
+                (&theirs).write_all(greeting.as_bytes()).unwrap();
+                let mut line = String::new();
+                BufReader::new(&theirs).read_line(&mut line).unwrap();
+                (&theirs).write_all(b"{\"return\": {}, \"id\": 1}\n").unwrap();
+                serde_json::from_str::<Value>(&line).unwrap()
+            });
+            Client::from_socket(ours, "the test", &Cancel::new().unwrap()).unwrap();
+            assert_eq!(peer.join().unwrap()["arguments"], expected);
+        }
+    }
+
+    /// QEMU would take the descriptors of the one for those of the other.
+    #[test]
+    fn descriptors_are_sent_when_those_before_them_have_arrived() {
+        let (go, wait) = std::sync::mpsc::channel();
+        let mut client = client(&Cancel::new().unwrap(), move |stream| {
+            wait.recv().unwrap();
+            (&stream).write_all(b"{\"return\": {\"fdset-id\": 1}, \"id\": 2}\n").unwrap();
+            await_command(&stream);
+            await_command(&stream);
+            (&stream).write_all(b"{\"return\": {\"fdset-id\": 2}, \"id\": 3}\n").unwrap();
+        });
+        let null = std::fs::File::open("/dev/null").unwrap();
+        client.timeout = Some(Duration::from_millis(50));
+        let first = client.begin_with("add-fd", json!({}), &[null.as_fd()]).unwrap();
+        let error = client.begin_with("getfd", json!({}), &[null.as_fd()]).unwrap_err();
+        assert_eq!(error.to_string(), "QEMU did not answer getfd within 50ms");
+        go.send(()).unwrap();
+        client.timeout = Some(Duration::from_secs(60));
+        let second = client.begin_with("add-fd", json!({}), &[null.as_fd()]).unwrap();
+        assert_eq!(client.end(second).unwrap()["fdset-id"], 2);
+        assert_eq!(client.end(first).unwrap()["fdset-id"], 1);
     }
 
     #[test]

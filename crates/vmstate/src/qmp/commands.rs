@@ -4,8 +4,8 @@ use std::os::fd::BorrowedFd;
 
 use serde_json::{Map, Value, json};
 
-use super::Client;
 use super::client::CLOSED_HINT;
+use super::{Begun, Client};
 use crate::{Error, Kind, Result};
 
 /// QEMU's version, as `query-version` tells it.
@@ -58,6 +58,17 @@ pub struct RunStatus {
 }
 
 impl RunStatus {
+    /// Reads the answer.
+    ///
+    /// # Errors
+    /// [`Kind::Peer`] where it is none.
+    pub(crate) fn of(answer: &Value) -> Result<RunStatus> {
+        match (answer["running"].as_bool(), answer["status"].as_str()) {
+            (Some(running), Some(status)) => Ok(RunStatus { running, status: status.to_owned() }),
+            _ => Err(unexpected("query-status")),
+        }
+    }
+
     /// Whether the guest goes on by itself: it runs, or it sleeps (ACPI S3) and can be woken.
     ///
     /// Since QEMU 9.0 `stop` takes a sleeping guest out of that state and `cont` puts it back; for earlier ones
@@ -74,6 +85,22 @@ pub struct Capability {
     pub name: String,
     /// Whether it is on.
     pub state: bool,
+}
+
+impl Capability {
+    /// Reads the answer of `query-migrate-capabilities`.
+    ///
+    /// # Errors
+    /// [`Kind::Peer`] where it is none.
+    pub(crate) fn list(answer: &Value) -> Result<Vec<Capability>> {
+        let list = answer.as_array().ok_or_else(|| unexpected("query-migrate-capabilities"))?;
+        list.iter()
+            .map(|item| match (item["capability"].as_str(), item["state"].as_bool()) {
+                (Some(name), Some(state)) => Ok(Capability { name: name.to_owned(), state }),
+                _ => Err(unexpected("query-migrate-capabilities")),
+            })
+            .collect()
+    }
 }
 
 /// What vmstate reads of `query-migrate`.
@@ -99,6 +126,28 @@ pub struct MigratedRam {
 }
 
 impl MigrationInfo {
+    /// Reads the answer.
+    pub(crate) fn of(answer: &Value) -> MigrationInfo {
+        MigrationInfo {
+            status: answer["status"].as_str().unwrap_or_default().to_owned(),
+            error: answer["error-desc"].as_str().map(str::to_owned),
+            ram: answer.get("ram").map(|ram| {
+                let number = |key: &str| ram[key].as_u64().unwrap_or(0);
+                MigratedRam {
+                    total_bytes: number("total"),
+                    remaining_bytes: number("remaining"),
+                    normal_bytes: number("normal-bytes"),
+                }
+            }),
+        }
+    }
+
+    /// Whether QEMU may have more to do for a migration that has ended: one is called completed or failed before it is let
+    /// go of, and cancelled when it is (migration/migration.c:migration_cleanup, QEMU 10.0).
+    pub(crate) fn may_be_held(&self) -> bool {
+        !matches!(self.status.as_str(), "" | "none" | "cancelled")
+    }
+
     /// Whether a migration is under way, so that another may not begin.
     pub fn is_under_way(&self) -> bool {
         !matches!(self.status.as_str(), "" | "none" | "completed" | "failed" | "cancelled")
@@ -123,11 +172,7 @@ impl Client {
     /// # Errors
     /// As every command here: [`Kind::Peer`], [`Kind::Io`] or [`Kind::Interrupted`].
     pub fn status(&mut self) -> Result<RunStatus> {
-        let answer = self.execute("query-status", json!({}))?;
-        match (answer["running"].as_bool(), answer["status"].as_str()) {
-            (Some(running), Some(status)) => Ok(RunStatus { running, status: status.to_owned() }),
-            _ => Err(unexpected("query-status")),
-        }
+        RunStatus::of(&self.execute("query-status", json!({}))?)
     }
 
     /// `stop`: pauses the virtual CPUs and flushes the disks. It may take as long as the disks do.
@@ -162,14 +207,7 @@ impl Client {
     /// # Errors
     /// As [`Client::status`].
     pub fn capabilities(&mut self) -> Result<Vec<Capability>> {
-        let answer = self.execute("query-migrate-capabilities", json!({}))?;
-        let list = answer.as_array().ok_or_else(|| unexpected("query-migrate-capabilities"))?;
-        list.iter()
-            .map(|item| match (item["capability"].as_str(), item["state"].as_bool()) {
-                (Some(name), Some(state)) => Ok(Capability { name: name.to_owned(), state }),
-                _ => Err(unexpected("query-migrate-capabilities")),
-            })
-            .collect()
+        Capability::list(&self.execute("query-migrate-capabilities", json!({}))?)
     }
 
     /// `migrate-set-capabilities`.
@@ -187,7 +225,15 @@ impl Client {
     /// # Errors
     /// As [`Client::status`].
     pub fn parameters(&mut self) -> Result<Map<String, Value>> {
-        match self.execute("query-migrate-parameters", json!({}))? {
+        Client::parameters_of(self.execute("query-migrate-parameters", json!({}))?)
+    }
+
+    /// Reads the answer of `query-migrate-parameters`.
+    ///
+    /// # Errors
+    /// [`Kind::Peer`] where it is none.
+    pub(crate) fn parameters_of(answer: Value) -> Result<Map<String, Value>> {
+        match answer {
             Value::Object(map) => Ok(map),
             _ => Err(unexpected("query-migrate-parameters")),
         }
@@ -206,19 +252,7 @@ impl Client {
     /// # Errors
     /// As [`Client::status`].
     pub fn migration(&mut self) -> Result<MigrationInfo> {
-        let answer = self.execute("query-migrate", json!({}))?;
-        Ok(MigrationInfo {
-            status: answer["status"].as_str().unwrap_or_default().to_owned(),
-            error: answer["error-desc"].as_str().map(str::to_owned),
-            ram: answer.get("ram").map(|ram| {
-                let number = |key: &str| ram[key].as_u64().unwrap_or(0);
-                MigratedRam {
-                    total_bytes: number("total"),
-                    remaining_bytes: number("remaining"),
-                    normal_bytes: number("normal-bytes"),
-                }
-            }),
-        })
+        Ok(MigrationInfo::of(&self.execute("query-migrate", json!({}))?))
     }
 
     /// `migrate` to a URI.
@@ -265,15 +299,17 @@ impl Client {
         }
     }
 
-    /// The sets of `query-fdsets` that hold a descriptor which was added with `opaque`.
+    /// The sets of `query-fdsets` that hold a descriptor which was added with one of these as `opaque`.
     ///
     /// # Errors
     /// As [`Client::status`].
-    pub fn fdsets_marked(&mut self, opaque: &str) -> Result<Vec<u64>> {
+    pub fn fdsets_marked(&mut self, opaque: &[&str]) -> Result<Vec<u64>> {
         let answer = self.execute("query-fdsets", json!({}))?;
         let sets = answer.as_array().ok_or_else(|| unexpected("query-fdsets"))?;
         let is_marked = |set: &&Value| {
-            set["fds"].as_array().is_some_and(|fds| fds.iter().any(|fd| fd["opaque"] == opaque))
+            set["fds"]
+                .as_array()
+                .is_some_and(|fds| fds.iter().any(|fd| opaque.iter().any(|mark| fd["opaque"] == *mark)))
         };
         sets.iter()
             .filter(is_marked)
@@ -322,22 +358,22 @@ impl Client {
         answer.as_str().map(str::to_owned).ok_or_else(|| unexpected("human-monitor-command"))
     }
 
-    /// `xen-save-devices-state` with `live` off: the state of every device that does not iterate, without
-    /// RAM, configuration section and vmdescription. Present in every build of QEMU since 1.1.
-    ///
-    /// # Errors
-    /// As [`Client::status`].
-    pub fn save_devices_state(&mut self, filename: &str) -> Result<()> {
-        self.execute("xen-save-devices-state", json!({ "filename": filename, "live": false })).map(drop)
-    }
-
     /// Whether QEMU has a command that it cannot run without arguments: it is called without, and the refusal tells.
     /// The list of all commands would tell as well; to write it takes QEMU a millisecond.
     ///
     /// # Errors
     /// As [`Client::status`]; [`Kind::Peer`] where it went through, so that there is no telling what it has done.
-    pub fn knows_command_with_arguments(&mut self, name: &str) -> Result<bool> {
-        match self.execute(name, json!({})) {
+    pub fn knows_command_with_arguments(&mut self, name: &'static str) -> Result<bool> {
+        let asked = self.begin(name, json!({}))?;
+        self.knows_command_by(asked, name)
+    }
+
+    /// The same, by the answer to the command without arguments.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn knows_command_by(&mut self, asked: Begun, name: &str) -> Result<bool> {
+        match self.end(asked) {
             // "The command NAME has not been found", "Command NAME has been disabled" (qapi/qmp-dispatch.c:qmp_dispatch,
             // QEMU 10.0).
             Err(error) if error.is_refusal() => {

@@ -4,5 +4,5 @@ mod client;
 mod commands;
 
 pub(crate) use client::CLOSED_HINT;
-pub use client::{Begun, Client, Event, GREETING_TIMEOUT, Moves};
+pub use client::{Begun, Called, Client, Event, GREETING_TIMEOUT, Moves};
 pub use commands::{Capability, MigratedRam, MigrationInfo, RunStatus, Version};

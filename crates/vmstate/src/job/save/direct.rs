@@ -4,13 +4,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use io::{Cancel, Target};
-use mem::{AttachError, AttachReason, BlockAddress, GuestRam, PeerError};
+use mem::{AttachError, AttachReason, BlockAddress, GuestRam, Peer, PeerError};
 use page::PageSize;
+use serde_json::json;
 
 use super::writing::Writing;
 use super::{Carried, DeviceStateBy, SaveFormat, SaveSettings, Stopwatch, Then, room, via_qemu};
 use crate::manifest::Manifest;
-use crate::qemu::{self, AskedFacts, HostBlock, Probe, Probed, Session};
+use crate::qemu::{
+    self, AskedBlocks, AskedFacts, DeviceStateFile, HostBlock, Probe, Probed, Probing, Session,
+};
+use crate::qmp::{Begun, Client};
 use crate::sink::{DeviceState, Means};
 use crate::{Error, Kind, Result};
 
@@ -23,29 +27,67 @@ pub(super) struct Prepared {
     blocks: Vec<HostBlock>,
     pub(super) ram: Arc<GuestRam>,
     facts: AskedFacts,
-    /// Whether the device state comes by a migration of its own.
-    is_described: bool,
+    /// Where QEMU is to write the state of the devices; `None` where that comes by a migration of its own.
+    devices: Option<DeviceStateFile>,
+}
+
+/// What QEMU is asked as soon as it has greeted.
+pub(super) struct Asked {
+    has_command: Begun,
+    blocks: AskedBlocks,
+}
+
+impl Asked {
+    /// Asks.
+    pub(super) fn ahead(client: &mut Client) -> Result<Asked> {
+        let blocks = qemu::ask_host_blocks(client)?;
+        Ok(Asked { has_command: client.begin(DEVICE_STATE_COMMAND, json!({}))?, blocks })
+    }
 }
 
 /// Finds out whether the guest can be carried this way, and gets as far as can be got without stopping it.
 ///
+/// QEMU reads a command byte by byte, so that it is the slower of the two: it is always asked ahead of what is done here.
+///
 /// # Errors
 /// [`Kind::Unsupported`] where it cannot, with the reason; others where QEMU would refuse any other way too.
-pub(super) fn prepare(settings: &SaveSettings, session: &mut Session) -> Result<Prepared> {
+pub(super) fn prepare(settings: &SaveSettings, session: &mut Session, asked: Asked) -> Result<Prepared> {
+    let blocks = asked.blocks.answered(&mut session.client)?;
     // Found out now: it is needed only when the guest has been stopped.
-    let is_described = by_migration(settings, session)?;
-    let socket = qemu::ProbeSocket::give(session)?;
-    let peer = socket.find_process(session, settings.pid)?;
-    let probe = match qemu::probe(session, socket)? {
-        Probed::Plain(probe) => probe,
-        Probed::Obstacle(reason) => return Err(Error::new(Kind::Unsupported, reason)),
+    let is_described = by_migration(settings, session, asked.has_command, &blocks)?;
+    let ram_bytes = blocks.iter().map(|block| block.used_length).sum();
+    let (probing, peer) = Probing::begin(session, ram_bytes, settings.pid)?;
+    let peer = Arc::new(peer);
+    let (probed, mut cancelling) = probing.listen(session)?;
+    let devices = match (&probed, is_described) {
+        (Probed::Plain(_), false) => Some(DeviceStateFile::begin(session)?),
+        _ => None,
     };
-    let blocks = qemu::host_blocks(&mut session.client)?;
-    let page_size = probe.configuration.page_size().unwrap_or(PageSize::X86);
-    let found = qemu::with_addresses(&mut session.client, &peer, &blocks)?;
     let facts = qemu::ask_guest_facts(&mut session.client)?;
-    let addresses = locate(&probe, &found, page_size)?;
-    let mut ram = GuestRam::attach(Arc::new(peer), &addresses).map_err(|error| {
+    cancelling.ask(session)?;
+    let attached = attach(session, &peer, &probed, &blocks);
+    cancelling.end(session)?;
+    let (probe, ram) = match (probed, attached) {
+        (Probed::Obstacle(reason), _) => return Err(Error::new(Kind::Unsupported, reason)),
+        (Probed::Plain(probe), attached) => (probe, attached?),
+    };
+    Ok(Prepared { probe, blocks, ram, facts, devices })
+}
+
+/// The guest's memory, as the probe and QEMU's own list of blocks tell it.
+fn attach(
+    session: &mut Session,
+    peer: &Arc<Peer>,
+    probed: &Probed,
+    blocks: &[HostBlock],
+) -> Result<Arc<GuestRam>> {
+    let Probed::Plain(probe) = probed else {
+        return Err(Error::new(Kind::Unsupported, "it is not looked at"));
+    };
+    let page_size = probe.configuration.page_size().unwrap_or(PageSize::X86);
+    let found = qemu::with_addresses(&mut session.client, peer, blocks)?;
+    let addresses = locate(probe, &found, page_size)?;
+    let mut ram = GuestRam::attach(peer.clone(), &addresses).map_err(|error| {
         let hint = denied_hint(&error);
         let error = Error::new(Kind::Unsupported, "QEMU's memory cannot be reached").because(error);
         match hint {
@@ -56,21 +98,25 @@ pub(super) fn prepare(settings: &SaveSettings, session: &mut Session) -> Result<
     if let Some(cancel) = session.client.cancel() {
         ram.heed(cancel);
     }
-    Ok(Prepared { probe, blocks, ram: Arc::new(ram), facts, is_described })
+    Ok(Arc::new(ram))
 }
 
 /// Whether the device state is to come by a migration of its own, which leaves QEMU in `postmigrate`: where that is
 /// asked for, and where QEMU has no other way to give it.
-fn by_migration(settings: &SaveSettings, session: &mut Session) -> Result<bool> {
-    let is_there = session.client.knows_command_with_arguments(DEVICE_STATE_COMMAND)?;
+fn by_migration(
+    settings: &SaveSettings,
+    session: &mut Session,
+    has_command: Begun,
+    blocks: &[HostBlock],
+) -> Result<bool> {
+    let is_there = session.client.knows_command_by(has_command, DEVICE_STATE_COMMAND)?;
     match settings.device_state {
         DeviceStateBy::Auto | DeviceStateBy::Command if is_there => return Ok(false),
         DeviceStateBy::Command => return Err(no_command()),
         DeviceStateBy::Auto | DeviceStateBy::Migration => {}
     }
-    let blocks = qemu::host_blocks(&mut session.client)?;
     let fits = via_qemu::refuse_sleeping(&session.client.status()?)
-        .and_then(|()| qemu::require_ignorable(session, &blocks));
+        .and_then(|()| qemu::require_ignorable(session, blocks));
     match fits {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == Kind::Unsupported && settings.device_state == DeviceStateBy::Auto => {
@@ -150,29 +196,33 @@ pub(super) fn carry(
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
 ) -> Result<Carried> {
-    let Prepared { probe, blocks, ram, facts, is_described } = prepared;
+    let Prepared { probe, blocks, ram, facts, devices } = prepared;
     let mut facts = facts.answered(&mut session.client)?;
+    let devices = devices.map(|devices| devices.lent(session)).transpose()?;
     watch.phase("stop");
     let stopped_at = Instant::now();
-    let before = session.pause()?;
-    if qemu::host_blocks(&mut session.client)? != blocks {
+    let (before, (asked, written)) = session.pause_and(|client| {
+        let blocks = qemu::ask_host_blocks(client)?;
+        Ok((blocks, devices.as_ref().map(|devices| devices.ask(client)).transpose()?))
+    })?;
+    if asked.answered(&mut session.client)? != blocks {
         return Err(Error::new(Kind::Peer, "the guest's RAM blocks changed during the save")
             .hint("memory or a device was plugged in meanwhile; save again"));
     }
 
     watch.phase("device state");
     let run_state = super::recorded_state(settings.record, &before);
-    let devices = if is_described {
+    let devices = if let (Some(devices), Some(written)) = (devices, written) {
+        let devices = devices.read(session, written)?;
+        session.remember_standstill(&devices)?;
+        DeviceState::Alone(devices)
+    } else {
         // It may have fallen asleep since it was first looked at, and QEMU pauses a guest that was resumed meanwhile
         // by itself.
         via_qemu::refuse_sleeping(&before)?;
         session.verify_still()?;
         watch.observer.note("device state by a migration of its own: QEMU is in postmigrate afterwards");
         DeviceState::Described(qemu::described_state(session)?)
-    } else {
-        let devices = qemu::device_state(session)?;
-        session.remember_standstill(&devices)?;
-        DeviceState::Alone(devices)
     };
     qemu::stat_disks(&mut facts, Some(ram.peer().pid()));
     let manifest = Manifest::now(&session.version, "direct", &run_state, facts);
@@ -186,22 +236,28 @@ pub(super) fn carry(
     let composed = (devices, run_state.as_str(), &manifest);
     let mut writing = Writing::new(format, target, means, &probe, composed)?;
 
+    session.end_taking_back()?;
     watch.phase("ram");
     watch.progress.expect(present_bytes);
     let moved = writing.pages(settings.rate_max, &ram)?;
     watch.progress.complete();
+    let looked = session.begin_looking()?;
     ram.recheck().map_err(|error| {
         Error::new(Kind::Peer, "QEMU's memory changed its place during the save").because(error)
     })?;
     // Where only the guest's own state tells it surely, that is read once: before the image gets its name, but for a
     // guest that runs on before that, and for an image that is one as soon as it is written.
     if !session.client.has_late_events() || settings.then == Then::Resume || target.is_sequential() {
-        session.verify_still()?;
+        session.verify_still_by(looked)?;
     }
+    // All of the guest has been read: it need not wait for the disk.
+    let resuming = if settings.then == Then::Resume { session.begin_resuming()? } else { None };
     let read_at = Instant::now();
 
     watch.phase("metadata");
-    writing.complete(&ram)?;
+    let completed = writing.complete(&ram);
+    session.end_resuming(resuming)?;
+    completed?;
     Ok(Carried {
         run_state,
         direct_io: target.direct().is_some(),

@@ -25,7 +25,7 @@ use super::{DirectIo, Observer, Phases, Stopwatch, Via, anonymous_memory_bytes};
 use crate::job::Record;
 use crate::net::QmpAddress;
 use crate::qemu::{self, Session};
-use crate::qmp::{self, RunStatus};
+use crate::qmp::{self, Client, RunStatus};
 use crate::sink::Envelope;
 use crate::{Error, Kind, Rate, Result};
 
@@ -259,16 +259,25 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
     watch.phase("connect");
     let (format, envelope) = envelope::choose(settings, kind, cancel, observer)?;
     refuse_impossible(settings, kind, format)?;
-    // The target first: whoever mistyped its name should not have the guest touched.
+    // QEMU takes its time to greet, in which the target is made. Whoever mistyped its name should not have the guest
+    // touched, so nothing is said to QEMU before that is there.
+    let called = Client::call(&settings.qmp, cancel);
     let mut target = Target::open(&settings.image, settings.offset, draft_options(settings), cancel)?;
     if let Some(envelope) = &envelope {
         target.reserve(envelope.len());
     }
-    let mut session = super::resume::open_for_save(&settings.qmp, &settings.image, cancel, observer)?;
+    let (mut session, status, ahead) =
+        super::resume::open_for_save(called?, &settings.image, cancel, observer, |client| {
+            match settings.via {
+                Via::Qemu => Ok(None),
+                _ => direct::Asked::ahead(client).map(Some),
+            }
+        })?;
     session.client.timeout = settings.timeout;
     // What a failed save has written is removed on the way out, when the guest has long been resumed: on a slow
     // disk that takes its time.
-    let carried = carry(settings, &mut session, (&mut target, kind, format), cancel, &mut watch);
+    let carried =
+        carry(settings, &mut session, (&mut target, kind, format), (status, ahead), cancel, &mut watch);
     let outcome = match carried.and_then(|done| envelop(&target, envelope.as_ref(), &done.0).map(|()| done)) {
         Ok(done) => publish(settings, &mut session, &mut target, cancel, &mut watch).map(|()| done),
         Err(error) => Err(error),
@@ -340,14 +349,16 @@ fn carry(
     settings: &SaveSettings,
     session: &mut Session,
     (target, kind, format): (&mut Target, TargetKind, SaveFormat),
+    (status, ahead): (RunStatus, Option<direct::Asked>),
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
 ) -> Result<(Carried, Choice)> {
-    refuse_states(session)?;
+    refuse_states(&status)?;
+    session.will_stop(&status);
     if settings.via != Via::Qemu {
         watch.phase("probe");
     }
-    let (prepared, reason) = choose(settings, session, kind, format, watch.observer)?;
+    let (prepared, reason) = choose(settings, session, ahead, kind, format, watch.observer)?;
     let bytes = match &prepared {
         Some(ready) => {
             let present = room::present_bytes(&ready.ram)?;
@@ -385,6 +396,8 @@ fn carry(
     if settings.then == Then::Resume {
         // All of the guest has been read: it need not wait for the disk.
         session.resume()?;
+        // Nor need anybody else wait who wants to save it.
+        session.begin_releasing()?;
     }
     Ok((carried, Choice { via, channels, reason, direct_io_reason }))
 }
@@ -423,6 +436,7 @@ fn publish(
 fn choose(
     settings: &SaveSettings,
     session: &mut Session,
+    ahead: Option<direct::Asked>,
     kind: TargetKind,
     format: SaveFormat,
     observer: &dyn Observer,
@@ -431,7 +445,11 @@ fn choose(
         via_qemu::refuse_sleeping(&session.client.status()?)?;
         return Ok((None, None));
     }
-    match direct::prepare(settings, session) {
+    let asked = match ahead {
+        Some(asked) => asked,
+        None => direct::Asked::ahead(&mut session.client)?,
+    };
+    match direct::prepare(settings, session, asked) {
         Ok(ready) => Ok((Some(ready), None)),
         Err(error) if settings.via == Via::Auto && error.kind() == Kind::Unsupported => {
             if let Some(why) = why_not_qemu(kind, format) {
@@ -492,8 +510,8 @@ fn why_not_direct(target: &Target) -> Option<String> {
 }
 
 /// Refuses a guest whose state cannot be saved, before anything is touched.
-fn refuse_states(session: &mut Session) -> Result<()> {
-    let status = session.client.status()?.status;
+fn refuse_states(status: &RunStatus) -> Result<()> {
+    let status = &status.status;
     let hint = match status.as_str() {
         "postmigrate" => {
             "QEMU has handed this guest over already: resume it with the QMP command cont, then save"

@@ -74,9 +74,9 @@ fn look(
     mut target: Option<&mut Target>,
     watch: &mut Stopwatch<'_>,
 ) -> Result<Rehearsal> {
-    refuse_states(session)?;
+    refuse_states(&session.client.status()?)?;
     watch.phase("probe");
-    let (prepared, reason) = super::choose(settings, session, kind, format, watch.observer)?;
+    let (prepared, reason) = super::choose(settings, session, None, kind, format, watch.observer)?;
     let ram_bytes = match &prepared {
         Some(ready) => (0..ready.ram.regions()).map(|region| ready.ram.block(region).length).sum(),
         None => qemu::host_blocks(&mut session.client)?.iter().map(|block| block.used_length).sum(),

@@ -1,0 +1,251 @@
+//! Migrations: how they begin, and how they end.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value, json};
+
+use super::{FINALIZED_INTERVAL, SETTLE_TIMEOUT, Session, did_not_stand_still};
+use crate::qmp::{Begun, MigratedRam, MigrationInfo};
+use crate::{Error, Kind, Result};
+
+/// How often a QEMU that migrates is asked how far it is, where somebody wants to know. It answers from its main
+/// loop, which has nothing else to do while the guest stands still.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// What QEMU says to a migration while it is not done with one that has failed: it calls that failed before it lets go
+/// of it (migration/migration.c:migrate_prepare and util/yank.c:yank_register_instance, QEMU 10.0; `failing` of newer
+/// ones is the time between).
+const STILL_CLEANING: [&str; 2] = ["There's a migration process in progress", "duplicate yank instance"];
+/// How long that may take, and how often it is asked.
+const CLEANUP_TIMEOUT: Duration = Duration::from_secs(5);
+const CLEANUP_INTERVAL: Duration = Duration::from_millis(10);
+impl Session {
+    /// Starts an outgoing migration. A named descriptor in the URI is QEMU's from then on.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn migrate(&mut self, uri: &str) -> Result<()> {
+        if self.may_be_cleaning {
+            self.await_cleanup()?;
+        }
+        // Cancelled even if the answer never comes, but not if QEMU refuses: another's may be under way.
+        self.migrating = true;
+        let deadline = Instant::now() + CLEANUP_TIMEOUT;
+        let started = loop {
+            let started = self.client.migrate(uri);
+            let is_early = started
+                .as_ref()
+                .is_err_and(|error| STILL_CLEANING.iter().any(|words| error.to_string().ends_with(words)));
+            // Of a migration that is another's, QEMU says that it is under way.
+            if !is_early || Instant::now() >= deadline || self.client.migration()?.is_under_way() {
+                break started;
+            }
+            // Nothing tells when it is done, so it is asked again.
+            self.client.next_event(Some(Instant::now() + CLEANUP_INTERVAL))?;
+        };
+        if started.as_ref().is_err_and(|error| error.kind() == Kind::Peer) {
+            self.migrating = false;
+        }
+        started?;
+        if let Some(name) = uri.strip_prefix("fd:") {
+            self.named_fds.retain(|known| known != name);
+        }
+        Ok(())
+    }
+
+    /// Begins to start an outgoing migration, unless QEMU may first have to let go of another: then
+    /// [`Session::end_migrating`] starts it.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub(in crate::qemu) fn begin_migrating(&mut self, uri: &str) -> Result<Option<Begun>> {
+        if self.may_be_cleaning {
+            return Ok(None);
+        }
+        self.migrating = true;
+        self.client.begin("migrate", json!({ "uri": uri })).map(Some)
+    }
+
+    /// Waits until it has started.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub(in crate::qemu) fn end_migrating(&mut self, begun: Option<Begun>, uri: &str) -> Result<()> {
+        let Some(begun) = begun else { return self.migrate(uri) };
+        match self.client.end(begun) {
+            Ok(_) => {
+                self.named_fds.retain(|known| uri.strip_prefix("fd:") != Some(known));
+                Ok(())
+            }
+            Err(error) if STILL_CLEANING.iter().any(|words| error.to_string().ends_with(words)) => {
+                self.migrate(uri)
+            }
+            Err(error) => {
+                self.migrating &= error.kind() != Kind::Peer;
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until QEMU has let go of a migration that has failed. One that is told to migrate before is left in the state
+    /// `setup`, with nothing that would take it out of it.
+    fn await_cleanup(&mut self) -> Result<()> {
+        let deadline = Instant::now() + CLEANUP_TIMEOUT;
+        loop {
+            let instances = match self.client.execute("query-yank", Value::Object(Map::new())) {
+                // A QEMU without the command has no such instances.
+                Err(error) if error.is_refusal() => return Ok(()),
+                instances => instances?,
+            };
+            let is_held =
+                instances.as_array().is_some_and(|all| all.iter().any(|one| one["type"] == "migration"));
+            if !is_held || Instant::now() >= deadline || self.client.migration()?.is_under_way() {
+                return Ok(());
+            }
+            self.client.next_event(Some(Instant::now() + CLEANUP_INTERVAL))?;
+        }
+    }
+
+    /// Starts to load a guest from the descriptor `name`, which is QEMU's from then on. Unlike an outgoing
+    /// migration this cannot be cancelled.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn incoming(&mut self, name: &str, arguments: Value) -> Result<()> {
+        self.client.execute("migrate-incoming", arguments)?;
+        self.named_fds.retain(|known| known != name);
+        Ok(())
+    }
+
+    /// Waits until the migration has ended and returns how: `completed`, `failed` or `cancelled`.
+    ///
+    /// # Errors
+    /// As every QMP command; [`Kind::Peer`] where it takes longer than `timeout`, and as soon as the guest
+    /// does not stand still although it was paused for this migration.
+    pub fn migration_end(&mut self, timeout: Option<Duration>) -> Result<MigrationInfo> {
+        self.follow_migration(timeout, None)
+    }
+
+    /// As [`Session::migration_end`] without a timeout; `told` hears every now and then how far QEMU is.
+    ///
+    /// # Errors
+    /// As [`Session::migration_end`].
+    pub fn migration_end_told(&mut self, told: &mut dyn FnMut(MigratedRam)) -> Result<MigrationInfo> {
+        self.follow_migration(None, Some(told))
+    }
+
+    fn follow_migration(
+        &mut self,
+        timeout: Option<Duration>,
+        mut told: Option<&mut dyn FnMut(MigratedRam)>,
+    ) -> Result<MigrationInfo> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        loop {
+            let info = self.client.migration()?;
+            if let (Some(told), Some(ram)) = (&mut told, info.ram) {
+                told(ram);
+            }
+            if !info.is_under_way() {
+                self.ended_as(&info)?;
+                return Ok(info);
+            }
+            let look_again = told.is_some().then(|| Instant::now() + PROGRESS_INTERVAL);
+            // An event that was queued before the query only costs one more query; one that comes after it
+            // ends the wait. Terminal states always send one.
+            loop {
+                let event = self.client.next_event(deadline.into_iter().chain(look_again).min())?;
+                // Nothing of it is worth waiting for, unless it is being given up already.
+                if let Some(event) = self.moved().filter(|_| !self.settled) {
+                    return Err(did_not_stand_still(&format!("event {event}")));
+                }
+                // Events that are there already come after the deadline, too.
+                if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                    return Err(Error::new(
+                        Kind::Peer,
+                        format!("QEMU's migration is still in state `{}`", info.status),
+                    ));
+                }
+                if event.is_none_or(|event| event.name == "MIGRATION") {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn ended_as(&mut self, info: &MigrationInfo) -> Result<()> {
+        self.migrating = false;
+        self.may_be_cleaning = info.may_be_held();
+        // One that is cancelled is called so when all else is done (migration/migration.c:migration_cleanup, QEMU 10.0).
+        if info.status == "cancelled" { Ok(()) } else { self.await_finalized() }
+    }
+
+    /// Waits until QEMU has finished a migration that it calls ended already: until then it refuses to resume the guest
+    /// ("Migration is not finalized yet"). It says `completed` from a thread that has yet to wait for the main loop to
+    /// set the state of the guest (migration/migration.c:migration_iteration_finish, QEMU 10.0), and sends no event
+    /// when it has.
+    fn await_finalized(&mut self) -> Result<()> {
+        let deadline = Instant::now() + SETTLE_TIMEOUT;
+        while self.client.status()?.status == "finish-migrate" {
+            if Instant::now() >= deadline {
+                return Err(Error::new(
+                    Kind::Peer,
+                    "QEMU does not finish a migration that it says has ended",
+                ));
+            }
+            self.client.next_event(Some(Instant::now() + FINALIZED_INTERVAL))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until a guest that is coming in has arrived, or has not: `completed` or `failed`.
+    ///
+    /// # Errors
+    /// As every QMP command; [`Kind::Peer`] where QEMU ends over it, as those before 9.1 do.
+    pub fn incoming_end(&mut self) -> Result<MigrationInfo> {
+        loop {
+            let info = self.client.migration()?;
+            // QEMU 7.2 answers before it has begun.
+            if !info.is_under_way() && !matches!(info.status.as_str(), "" | "none") {
+                return Ok(info);
+            }
+            while self.client.next_event(None)?.is_some_and(|event| event.name != "MIGRATION") {}
+        }
+    }
+
+    /// Cancels the migration and waits until it is gone.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn cancel_migration(&mut self) -> Result<MigrationInfo> {
+        self.client.migrate_cancel()?;
+        self.await_cancelled()
+    }
+
+    /// Waits until a migration that was cancelled is gone. QEMU sends events of that only where it was told to.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub(in crate::qemu) fn await_cancelled(&mut self) -> Result<MigrationInfo> {
+        let asked = self.client.begin("query-migrate", json!({}))?;
+        self.await_cancelled_from(asked)
+    }
+
+    /// The same, by the answer to a first question.
+    ///
+    /// # Errors
+    /// As there.
+    pub(in crate::qemu) fn await_cancelled_from(&mut self, asked: Begun) -> Result<MigrationInfo> {
+        let deadline = Instant::now() + self.client.timeout.unwrap_or(SETTLE_TIMEOUT);
+        let mut info = MigrationInfo::of(&self.client.end(asked)?);
+        while info.is_under_way() {
+            if Instant::now() >= deadline {
+                let clause = format!("QEMU's migration is still in state `{}`", info.status);
+                return Err(Error::new(Kind::Peer, clause));
+            }
+            self.client.next_event(Some(Instant::now() + FINALIZED_INTERVAL))?;
+            info = self.client.migration()?;
+        }
+        self.ended_as(&info)?;
+        Ok(info)
+    }
+}
