@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use super::{FINALIZED_INTERVAL, SETTLE_TIMEOUT, Session, did_not_stand_still};
-use crate::qmp::{Begun, MigratedRam, MigrationInfo};
+use crate::qmp::{Begun, Client, MigratedRam, MigrationInfo};
 use crate::{Error, Kind, Result};
 
 /// How often a QEMU that migrates is asked how far it is, where somebody wants to know. It answers from its main
@@ -19,6 +19,11 @@ const STILL_CLEANING: [&str; 2] = ["There's a migration process in progress", "d
 /// How long that may take, and how often it is asked.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(5);
 const CLEANUP_INTERVAL: Duration = Duration::from_millis(10);
+/// What is said of one that QEMU does not let go of.
+const HELD: &str = "QEMU does not let go of a migration that has failed";
+const HELD_HINT: &str = "its migration thread hangs, as it may when a multifd channel could not write; the guest is not \
+    touched by that, but this QEMU migrates no more until it is started anew";
+
 impl Session {
     /// Starts an outgoing migration. A named descriptor in the URI is QEMU's from then on.
     ///
@@ -26,7 +31,7 @@ impl Session {
     /// As every QMP command.
     pub fn migrate(&mut self, uri: &str) -> Result<()> {
         if self.may_be_cleaning {
-            self.await_cleanup()?;
+            await_cleanup(&mut self.client, Instant::now() + CLEANUP_TIMEOUT)?;
         }
         // Cancelled even if the answer never comes, but not if QEMU refuses: another's may be under way.
         self.migrating = true;
@@ -84,25 +89,6 @@ impl Session {
                 self.migrating &= error.kind() != Kind::Peer;
                 Err(error)
             }
-        }
-    }
-
-    /// Waits until QEMU has let go of a migration that has failed. One that is told to migrate before is left in the state
-    /// `setup`, with nothing that would take it out of it.
-    fn await_cleanup(&mut self) -> Result<()> {
-        let deadline = Instant::now() + CLEANUP_TIMEOUT;
-        loop {
-            let instances = match self.client.execute("query-yank", Value::Object(Map::new())) {
-                // A QEMU without the command has no such instances.
-                Err(error) if error.is_refusal() => return Ok(()),
-                instances => instances?,
-            };
-            let is_held =
-                instances.as_array().is_some_and(|all| all.iter().any(|one| one["type"] == "migration"));
-            if !is_held || Instant::now() >= deadline || self.client.migration()?.is_under_way() {
-                return Ok(());
-            }
-            self.client.next_event(Some(Instant::now() + CLEANUP_INTERVAL))?;
         }
     }
 
@@ -247,5 +233,72 @@ impl Session {
         }
         self.ended_as(&info)?;
         Ok(info)
+    }
+}
+
+/// Waits until QEMU has let go of a migration that has failed. One that is told to migrate before is left in the state
+/// `setup`, with nothing that would take it out of it.
+///
+/// # Errors
+/// As every QMP command; [`Kind::Peer`] where it does not let go until `deadline`. QEMU's migration thread may wait for
+/// ever then: each channel that ends is to wake it, and one that ends because another has failed does not
+/// (migration/multifd.c:multifd_send_sync_main and multifd_send_thread, seen in QEMU 10.0.2).
+fn await_cleanup(client: &mut Client, deadline: Instant) -> Result<()> {
+    loop {
+        let instances = match client.execute("query-yank", Value::Object(Map::new())) {
+            // A QEMU without the command has no such instances.
+            Err(error) if error.is_refusal() => return Ok(()),
+            instances => instances?,
+        };
+        let is_held =
+            instances.as_array().is_some_and(|all| all.iter().any(|one| one["type"] == "migration"));
+        if !is_held || client.migration()?.is_under_way() {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::new(Kind::Peer, HELD).hint(HELD_HINT));
+        }
+        client.next_event(Some(Instant::now() + CLEANUP_INTERVAL))?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::Cancel;
+
+    /// A client whose peer answers each command by its name.
+    fn client(answers: [(&'static str, Value); 3]) -> Client {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || {
+            let _ = (&theirs).write_all(b"{\"QMP\": {}}\n");
+            for line in BufReader::new(&theirs).lines() {
+                let asked: Value = serde_json::from_str(&line.unwrap()).unwrap();
+                let (_, answer) = answers.iter().find(|(name, _)| asked["execute"] == *name).unwrap();
+                let line = json!({ "return": answer, "id": asked["id"] });
+                // The client may have gone.
+                let _ = (&theirs).write_all(format!("{line}\n").as_bytes());
+            }
+        });
+        Client::from_socket(ours, "the test", &Cancel::new().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_qemu_that_hangs_in_a_failed_migration_is_not_told_to_migrate() {
+        for (held, status, outcome) in [
+            (json!([{ "type": "migration" }]), "failed", Some(HELD)),
+            (json!([{ "type": "chardev", "id": "serial0" }]), "failed", None),
+            (json!([]), "failed", None),
+            (json!([{ "type": "migration" }]), "setup", None),
+        ] {
+            let migration = json!({ "status": status });
+            let answers =
+                [("qmp_capabilities", json!({})), ("query-yank", held.clone()), ("query-migrate", migration)];
+            let error = await_cleanup(&mut client(answers), Instant::now()).err();
+            assert_eq!(error.map(|error| error.to_string()).as_deref(), outcome, "{held}, {status}");
+        }
     }
 }
