@@ -78,22 +78,33 @@ pub fn is_nearly_cached(file: &File, data_bytes: u64) -> io::Result<bool> {
 fn look(file: &File, data_bytes: u64, counted: u64) -> io::Result<bool> {
     let len = file.metadata()?.len();
     if data_bytes > counted {
-        let page = rustix::param::page_size() as u64;
-        // An odd number of pages, so that it has no rhythm in common with what images are aligned to.
-        let step = (len / page / SAMPLES) | 1;
-        let (mut data, mut cached) = (0, 0);
-        for offset in (0..SAMPLES).map(|sample| sample * step * page).take_while(|&offset| offset < len) {
-            // A page that begins in a hole is taken for one.
-            if rustix::fs::seek(file, SeekFrom::Data(offset)) == Ok(offset) {
-                data += 1;
-                cached += cached_bytes(file, offset, page.min(len - offset))? / page;
-            }
-        }
+        // Whoever has a descriptor of the same opened file may read on from there, as QEMU does.
+        let position = rustix::fs::seek(file, SeekFrom::Current(0))?;
+        let looked = sample(file, len);
+        rustix::fs::seek(file, SeekFrom::Start(position))?;
+        let (data, cached) = looked?;
         if data >= SAMPLES_MIN {
             return Ok(cached >= data - data / 32);
         }
     }
     Ok(cached_bytes(file, 0, len)? >= data_bytes - data_bytes / 32)
+}
+
+/// How many of some pages of a file of `len` bytes are data, and how many of those are in the page cache. The file is
+/// somewhere else afterwards.
+fn sample(file: &File, len: u64) -> io::Result<(u64, u64)> {
+    let page = rustix::param::page_size() as u64;
+    // An odd number of pages, so that it has no rhythm in common with what images are aligned to.
+    let step = (len / page / SAMPLES) | 1;
+    let (mut data, mut cached) = (0, 0);
+    for offset in (0..SAMPLES).map(|sample| sample * step * page).take_while(|&offset| offset < len) {
+        // A page that begins in a hole is taken for one.
+        if rustix::fs::seek(file, SeekFrom::Data(offset)) == Ok(offset) {
+            data += 1;
+            cached += cached_bytes(file, offset, page.min(len - offset))? / page;
+        }
+    }
+    Ok((data, cached))
 }
 
 #[cfg(test)]
@@ -142,6 +153,7 @@ mod tests {
         assert_eq!(looks(), [Some(true); 2]);
         forget(LEN / 8);
         assert_eq!(looks(), [Some(false); 2]);
+        assert_eq!(rustix::fs::tell(&file).unwrap(), 0, "it reads on from where it was");
     }
 
     #[test]
