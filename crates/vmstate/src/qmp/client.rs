@@ -203,17 +203,29 @@ impl Client {
             timeout: None,
             greeting: Value::Null,
         };
-        let greeting = client.read_message(Some(Instant::now() + GREETING_TIMEOUT))?.ok_or_else(|| {
-            Error::new(
-                Kind::Peer,
-                format!("the QMP monitor at {} sent no greeting within {GREETING_TIMEOUT:?}", client.name),
+        let deadline = Some(Instant::now() + GREETING_TIMEOUT);
+        let silent = |name: &str| {
+            let clause = format!("the QMP monitor at {name} sent no greeting within {GREETING_TIMEOUT:?}");
+            Error::new(Kind::Peer, clause).hint(
+                "another client holds this socket: close it, or give QEMU a second -qmp socket for vmstate",
             )
-            .hint("another client holds this socket: close it, or give QEMU a second -qmp socket for vmstate")
-        })?;
-        if greeting.get("QMP").is_none() {
-            return Err(Error::new(Kind::Peer, format!("what listens at {} is no QMP monitor", client.name))
-                .hint(ADDRESS_HINT));
-        }
+        };
+        let greeting = loop {
+            let message = client.read_message(deadline)?.ok_or_else(|| silent(&client.name))?;
+            // QEMU carries a command out whose client has gone meanwhile, and gives its answer to the next one. None comes
+            // behind the answer to our first command (monitor/qmp.c:monitor_qmp_dispatcher_co, QEMU 10.0).
+            let is_late = ["return", "error", "event"].iter().any(|key| message.get(key).is_some());
+            if message.get("QMP").is_some() {
+                break message;
+            }
+            if !is_late {
+                let clause = format!("what listens at {} is no QMP monitor", client.name);
+                return Err(Error::new(Kind::Peer, clause).hint(ADDRESS_HINT));
+            }
+            if is_over(deadline) {
+                return Err(silent(&client.name));
+            }
+        };
         client.greeting = greeting;
         // Where QEMU offers to take commands out of turn, it reads one while it carries out the one before.
         let offers =
@@ -316,9 +328,33 @@ impl Client {
         Ok(Begun { id, command })
     }
 
-    /// Forgets what was begun: nobody will ask for the answers.
-    pub fn forget_begun(&mut self) {
-        self.begun.clear();
+    /// Waits until [`Client::end`] need not wait for the answer of a command. When this is cut short nothing is lost: one
+    /// can wait again.
+    ///
+    /// # Errors
+    /// As [`Client::begin`].
+    pub fn wait(&mut self, begun: &Begun) -> Result<()> {
+        let deadline = self.deadline();
+        while self.is_awaited(begun) {
+            let Some(message) = self.read_message(deadline)? else {
+                return Err(self.unanswered(begun.command));
+            };
+            self.queue(message);
+            // Whoever sends without a pause must not hold us up for ever.
+            if self.is_awaited(begun) && is_over(deadline) {
+                return Err(self.unanswered(begun.command));
+            }
+        }
+        Ok(())
+    }
+
+    fn is_awaited(&self, begun: &Begun) -> bool {
+        self.begun.iter().any(|(id, answer)| *id == begun.id && answer.is_none())
+    }
+
+    /// Whether a command has gone in part, the rest of which the next one will send.
+    pub fn is_cut_short(&self) -> bool {
+        !self.unsent.is_empty()
     }
 
     /// Waits for the answer of a command that was begun.
@@ -366,9 +402,6 @@ impl Client {
         request.insert("id".into(), id.into());
         let mut line = Value::Object(request).to_string();
         line.push('\n');
-        if !fds.is_empty() {
-            self.carrying = Some(id);
-        }
         if self.send(command, line.as_bytes(), fds, deadline)? {
             Ok(id)
         } else {
@@ -471,6 +504,9 @@ impl Client {
         // One of which QEMU has not seen a byte is as if it had never been.
         if sent > 0 {
             self.unsent = line[sent..].to_vec();
+            if !fds.is_empty() {
+                self.carrying = Some(self.next_id);
+            }
         }
         outcome
     }
@@ -700,6 +736,68 @@ mod tests {
         assert_eq!((error.to_string().as_str(), error.is_refusal()), ("QEMU refused query-second: no", true));
         assert_eq!(client.end(first).unwrap(), json!(2));
         assert!(client.begun.is_empty());
+    }
+
+    /// A save that was killed was brought back by nobody who came at once: "what listens at … is no QMP monitor".
+    #[test]
+    fn answers_for_a_client_that_has_gone_are_nobodys() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let stale = "{\"return\": {\"running\": true, \"status\": \"stale\"}, \"id\": 2}\n";
+        std::thread::spawn(move || {
+            let mut to = &theirs;
+            to.write_all(format!("{stale}{{\"QMP\": {{}}}}\n{stale}").as_bytes()).unwrap();
+            await_command(&theirs);
+            to.write_all(b"{\"return\": {}, \"id\": 1}\n").unwrap();
+            await_command(&theirs);
+            to.write_all(b"{\"return\": {\"running\": false, \"status\": \"paused\"}, \"id\": 2}\n").unwrap();
+            // Not closed before it was read.
+            await_command(&theirs);
+        });
+        let mut client = Client::from_socket(ours, "the test", &Cancel::new().unwrap()).unwrap();
+        assert_eq!(client.status().unwrap().status, "paused");
+    }
+
+    /// The wait for the answer to what was never sent had no end.
+    #[test]
+    fn descriptors_that_were_not_sent_are_not_waited_for() {
+        let (go, wait) = std::sync::mpsc::channel();
+        let mut client = client(&Cancel::new().unwrap(), move |stream| {
+            wait.recv().unwrap();
+            for line in BufReader::new(&stream).lines().map_while(Result::ok) {
+                let command: Value = serde_json::from_str(&line).unwrap();
+                (&stream)
+                    .write_all(format!("{}\n", json!({ "return": 1, "id": command["id"] })).as_bytes())
+                    .unwrap();
+            }
+        });
+        let null = std::fs::File::open("/dev/null").unwrap();
+        client.timeout = Some(Duration::from_millis(50));
+        // Far more than the socket holds while nobody reads.
+        client.execute("long", json!({ "text": "x".repeat(8 << 20) })).unwrap_err();
+        client.begin_with("getfd", json!({}), &[null.as_fd()]).unwrap_err();
+        go.send(()).unwrap();
+        client.timeout = Some(Duration::from_secs(60));
+        assert_eq!(client.execute_with("getfd", json!({}), &[null.as_fd()]).unwrap(), json!(1));
+    }
+
+    #[test]
+    fn a_wait_that_is_cut_short_loses_no_answer() {
+        let (go, wait) = std::sync::mpsc::channel();
+        let mut client = client(&Cancel::new().unwrap(), move |stream| {
+            wait.recv().unwrap();
+            (&stream).write_all(b"{\"return\": 7, \"id\": 2}\n").unwrap();
+            await_command(&stream);
+            await_command(&stream);
+        });
+        client.timeout = Some(Duration::from_millis(50));
+        let begun = client.begin("query-first", json!({})).unwrap();
+        let error = client.wait(&begun).unwrap_err();
+        assert_eq!(error.to_string(), "QEMU did not answer query-first within 50ms");
+        go.send(()).unwrap();
+        client.timeout = Some(Duration::from_secs(60));
+        client.wait(&begun).unwrap();
+        client.timeout = Some(Duration::ZERO);
+        assert_eq!(client.end(begun).unwrap(), json!(7));
     }
 
     #[test]
