@@ -1,10 +1,12 @@
-//! A monitor with commands missing: a real QEMU behind a proxy that knows fewer words.
+//! A monitor with commands missing, or one that is listened to: a real QEMU behind a proxy.
 
 use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::net::{
@@ -15,6 +17,10 @@ use serde_json::{Value, json};
 
 /// The longest command; vmstate's have some hundred bytes.
 const COMMAND_LEN_MAX: usize = 64 << 10;
+
+/// What happens when a command is heard, before QEMU hears it. By the second argument one waits until QEMU has answered all
+/// before it.
+pub type Heard = Box<dyn FnMut(&str, &dyn Fn()) + Send>;
 
 /// A proxy for one client, which ends with it.
 pub struct Proxy {
@@ -30,13 +36,25 @@ impl Proxy {
     /// # Panics
     /// When there can be no socket.
     pub fn start(dir: &Path, qmp: &Path, missing: &'static [&'static str]) -> Proxy {
+        Proxy::start_with(dir, qmp, missing, Box::new(|_, _| {}))
+    }
+
+    /// The same with no command missing, and `heard` called for each.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn hearing(dir: &Path, qmp: &Path, heard: impl FnMut(&str, &dyn Fn()) + Send + 'static) -> Proxy {
+        Proxy::start_with(dir, qmp, &[], Box::new(heard))
+    }
+
+    fn start_with(dir: &Path, qmp: &Path, missing: &'static [&'static str], heard: Heard) -> Proxy {
         let path = dir.join("proxy.sock");
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).expect("a socket");
         let qmp = qmp.to_owned();
         let thread = std::thread::spawn(move || {
             let (client, _) = listener.accept()?;
-            serve(&client, &UnixStream::connect(qmp)?, missing)
+            serve(&client, &UnixStream::connect(qmp)?, missing, heard)
         });
         Proxy { path, thread: Some(thread) }
     }
@@ -51,7 +69,15 @@ impl Proxy {
     }
 }
 
-fn serve(client: &UnixStream, qemu: &UnixStream, missing: &'static [&'static str]) -> std::io::Result<()> {
+fn serve(
+    client: &UnixStream,
+    qemu: &UnixStream,
+    missing: &'static [&'static str],
+    mut heard: Heard,
+) -> std::io::Result<()> {
+    let answered = Arc::new(AtomicU64::new(0));
+    let mut passed = 0;
+    let count = answered.clone();
     let answers = (qemu.try_clone()?, client.try_clone()?);
     let back = std::thread::spawn(move || {
         let (from, mut to) = answers;
@@ -62,7 +88,11 @@ fn serve(client: &UnixStream, qemu: &UnixStream, missing: &'static [&'static str
                 let (listed, hidden) = (format!("\"name\": \"{name}\""), "\"name\": \"hidden\"");
                 line = String::from_utf8_lossy(&line).replace(&listed, hidden).into_bytes();
             }
+            let is_answer = serde_json::from_slice(&line).is_ok_and(|line: Value| line["id"].is_u64());
             line.push(b'\n');
+            if is_answer {
+                count.fetch_add(1, Ordering::Release);
+            }
             if to.write_all(&line).is_err() {
                 break;
             }
@@ -88,6 +118,12 @@ fn serve(client: &UnixStream, qemu: &UnixStream, missing: &'static [&'static str
                 }
             } else {
                 let with = if is_last { std::mem::take(&mut fds) } else { Vec::new() };
+                heard(name, &|| {
+                    while answered.load(Ordering::Acquire) < passed {
+                        std::thread::yield_now();
+                    }
+                });
+                passed += 1;
                 send(qemu, &line, &with)?;
             }
         }
@@ -101,8 +137,13 @@ fn receive(from: &UnixStream, bytes: &mut Vec<u8>, fds: &mut Vec<OwnedFd>) -> st
     let mut chunk = vec![0; COMMAND_LEN_MAX];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let received =
-        recvmsg(from, &mut [IoSliceMut::new(&mut chunk)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received = match recvmsg(from, &mut [IoSliceMut::new(&mut chunk)], &mut ancillary, flags) {
+        Ok(received) => received,
+        // It was killed, and has not read all that it was told.
+        Err(rustix::io::Errno::CONNRESET) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(passed) = message {
             fds.extend(passed);

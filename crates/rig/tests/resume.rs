@@ -8,8 +8,8 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::Barrier;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Barrier, Mutex};
 use std::time::Instant;
 
 use lab::{Guest, GuestSettings, MachineKind, Qemu, QemuSpec};
@@ -19,13 +19,15 @@ use vmstate::net::QmpAddress;
 use vmstate::qemu::Session;
 use vmstate::qmp::Client;
 use vmstate::{Cancel, Error, Kind, ResumeReport, ResumeSettings, SaveReport, SaveSettings, Then, Via};
-use vmstate_rig::{DEADLINE, Footprint, Hook};
+use vmstate_rig::{DEADLINE, Footprint, Hook, Proxy};
 
 /// The phases that a save of each way begins until its image has its name.
 const PHASES: [(Via, &[&str]); 2] = [
     (Via::Direct, &["connect", "probe", "stop", "device state", "ram", "metadata", "publish"]),
     (Via::Qemu, &["connect", "stop", "ram", "metadata", "publish"]),
 ];
+/// No phase: somebody else kills it.
+const NEVER: &str = "never";
 /// What a killed save is told: the monitor, the image, the way, the phase.
 const ORDERS: &str = "VMSTATE_TEST_KILLED_SAVE";
 
@@ -100,15 +102,20 @@ fn resume(qemu: &Qemu) -> ResumeReport {
     resume_at(qemu.qmp_path()).unwrap_or_else(|error| panic!("{}", error.chain()))
 }
 
-/// Has a save of this guest killed when `phase` begins; returns the number of its process.
-fn killed_save(qemu: &Qemu, image: &Path, via: Via, phase: &str) -> u32 {
-    let orders = format!("{}|{}|{}|{phase}", qemu.qmp_path().display(), image.display(), via.name());
-    let mut child = Command::new(std::env::current_exe().unwrap())
+fn save_with_orders(qmp: &Path, image: &Path, via: Via, phase: &str) -> Child {
+    let orders = format!("{}|{}|{}|{phase}", qmp.display(), image.display(), via.name());
+    Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "a_save_with_orders_kills_itself"])
         .env(ORDERS, orders)
         .stdout(Stdio::null())
+        .stderr(Stdio::null())
         .spawn()
-        .unwrap();
+        .unwrap()
+}
+
+/// Has a save of this guest killed when `phase` begins; returns the number of its process.
+fn killed_save(qemu: &Qemu, image: &Path, via: Via, phase: &str) -> u32 {
+    let mut child = save_with_orders(&qemu.qmp_path(), image, via, phase);
     let status = child.wait().unwrap();
     assert_eq!(status.signal(), Some(Signal::KILL.as_raw()), "{via:?} in {phase}: {status}");
     assert!(!image.exists(), "{via:?} in {phase}");
@@ -122,7 +129,7 @@ fn a_save_with_orders_kills_itself() {
     let orders: Vec<_> = orders.split('|').collect();
     let [qmp, image, via, phase] = orders[..] else { panic!("{orders:?}") };
     let phases = PHASES.iter().flat_map(|(_, phases)| phases.iter());
-    let phase = phases.copied().find(|known| *known == phase).unwrap();
+    let phase = phases.copied().chain([NEVER]).find(|known| *known == phase).unwrap();
     let settings = SaveSettings {
         via: if via == "direct" { Via::Direct } else { Via::Qemu },
         ..SaveSettings::new(QmpAddress::Unix(qmp.into()), image)
@@ -170,6 +177,76 @@ fn a_guest_whose_save_was_killed_in_any_phase_is_brought_back() {
     assert_eq!(names_in(dir.path()), ["vm.img"]);
     let removed = dir.path().join(stray);
     assert_eq!(hook.warnings(), [format!("removed {}, which a killed save had left", removed.display())]);
+}
+
+/// Between any two commands, those included that are sent ahead.
+#[test]
+fn a_guest_whose_save_was_killed_at_any_command_is_brought_back() {
+    let qemu = booted();
+    let before = footprint(&qemu);
+    let (dir, home) = (images(), tempfile::tempdir().unwrap());
+    let image = dir.path().join("vm.img");
+    for via in [Via::Direct, Via::Qemu] {
+        // Until one is not killed, since it has no more commands.
+        for nth in 0.. {
+            other(&qemu).cont().unwrap();
+            let victim = Arc::new(Mutex::new(None::<Child>));
+            let (named, name) = (victim.clone(), Arc::new(Mutex::new(String::new())));
+            let (mut count, killed_at) = (0, name.clone());
+            let proxy = Proxy::hearing(home.path(), &qemu.qmp_path(), move |command, _| {
+                if count == nth {
+                    *killed_at.lock().unwrap() = command.to_owned();
+                    named.lock().unwrap().as_mut().unwrap().kill().unwrap();
+                }
+                count += 1;
+            });
+            let mut locked = victim.lock().unwrap();
+            *locked = Some(save_with_orders(&proxy.path, &image, via, NEVER));
+            drop(locked);
+            proxy.finish();
+            let child = victim.lock().unwrap().take().unwrap().wait().unwrap();
+            let name = format!("{via:?}, {} ({nth})", name.lock().unwrap());
+            if child.signal() != Some(Signal::KILL.as_raw()) {
+                assert!(nth > 20, "{name}");
+                assert!(image.exists(), "{name}");
+                std::fs::remove_file(&image).unwrap();
+                other(&qemu).cont().unwrap();
+                break;
+            }
+            let report = resume(&qemu);
+            // A save that has its image leaves the guest paused, as it was told to.
+            if !image.exists() {
+                assert_eq!(report.run_state, "running", "{name}: {report:?}");
+                assert_eq!(status(&qemu), "running", "{name}");
+            }
+            assert_untouched(&qemu, &before, &name);
+            let again = resume(&qemu);
+            assert!(!again.had_leftovers() && !again.resumed, "{name}: {again:?}");
+            let _ = std::fs::remove_file(&image);
+        }
+    }
+}
+
+/// What a save owes is written down when it owes it, and no earlier: the guest was paused by whoever came then, and the
+/// parameters are whosever they were since.
+#[test]
+fn a_guest_that_somebody_pauses_after_a_save_was_killed_before_its_stop_stays_paused() {
+    let qemu = booted();
+    let dir = images();
+    killed_save(&qemu, &dir.path().join("vm.img"), Via::Direct, "stop");
+    other(&qemu).stop().unwrap();
+    let report = resume(&qemu);
+    assert!(report.had_leftovers(), "{report:?}");
+    assert_eq!((report.resumed, report.run_state.as_str()), (false, "paused"), "{report:?}");
+
+    other(&qemu).cont().unwrap();
+    killed_save(&qemu, &dir.path().join("vm.img"), Via::Direct, "ram");
+    let mut parameters = Map::new();
+    parameters.insert("max-bandwidth".to_owned(), json!(1 << 20));
+    other(&qemu).set_parameters(parameters).unwrap();
+    let report = resume(&qemu);
+    assert_eq!((report.resumed, report.cleared.parameters.as_slice()), (true, &[][..]), "{report:?}");
+    assert_eq!(other(&qemu).parameters().unwrap()["max-bandwidth"], 1 << 20);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! What happens does so inside a phase of the job itself, by a [`Hook`], so each run is the same. The whole
 //! suite takes less than a minute and a half on two processors.
 
+mod ahead;
 mod disks;
 mod ends;
 mod faults;

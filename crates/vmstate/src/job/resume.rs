@@ -75,7 +75,7 @@ pub(super) fn open_for_save<T>(
     image: &Path,
     cancel: &Cancel,
     observer: &dyn Observer,
-    ask: impl FnOnce(&mut Client) -> Result<T>,
+    ask: impl FnOnce(&mut Session) -> Result<T>,
 ) -> Result<(Session, RunStatus, T)> {
     let mut client = Client::greeted(called, cancel)?;
     let version = client.version()?;
@@ -83,8 +83,7 @@ pub(super) fn open_for_save<T>(
     let claim = session.begin_claim()?;
     let migration = session.client.begin("query-migrate", json!({}))?;
     let looked = session.begin_looking()?;
-    session.ask_settings()?;
-    let asked = ask(&mut session.client)?;
+    let asked = ask(&mut session)?;
     let left = session.end_claim(claim, false)?;
     let status = if left.is_empty() {
         session.refuse_migration(migration)?;

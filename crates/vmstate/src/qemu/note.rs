@@ -85,6 +85,7 @@ pub(super) fn host() -> String {
 
 /// What a save owes to QEMU at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Owed {
     /// The state of the guest before it was stopped, where it was or is about to be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -116,17 +117,31 @@ fn is_first(session: &u64) -> bool {
 }
 
 impl Note {
-    /// Leaves it in QEMU and returns the id to change and remove it by.
+    /// Reads one, all of whose words are known: earlier versions wrote here what is owed as well.
+    fn of(data: &str) -> Result<Note, serde_json::Error> {
+        let fields: Map<String, Value> = serde_json::from_str(data)?;
+        if let Some(field) =
+            fields.keys().find(|field| !["pid", "start", "host", "session"].contains(&field.as_str()))
+        {
+            return Err(serde::de::Error::custom(format!("unknown field `{field}`")));
+        }
+        serde_json::from_value(Value::Object(fields))
+    }
+
+    /// The id to change and remove it by, where it is no claim.
+    pub(super) fn id(&self) -> String {
+        format!("{PREFIX}{}-{}", self.saver.pid, self.session)
+    }
+
+    /// Leaves it in QEMU.
     ///
     /// # Errors
     /// As every QMP command.
-    pub(super) fn leave(&self, client: &mut Client) -> Result<String> {
-        let id = format!("{PREFIX}{}-{}", self.saver.pid, self.session);
-        let added = self.begin_adding(client, &id)?;
+    pub(super) fn leave(&self, client: &mut Client) -> Result<()> {
+        let added = self.begin_adding(client, &self.id())?;
+        let written = begin_writing(client, &self.id(), &self.owed)?;
         client.end(added)?;
-        let written = begin_writing(client, &id, &self.owed)?;
-        client.end(written)?;
-        Ok(id)
+        client.end(written).map(drop)
     }
 
     /// Begins to leave it as the claim of a generation, which there can be only one of: QEMU refuses a second object of
@@ -154,6 +169,14 @@ pub(super) struct Claiming {
 }
 
 impl Claiming {
+    /// Waits for the answer, again if need be.
+    ///
+    /// # Errors
+    /// As every QMP command, refusals excepted.
+    pub(super) fn wait(&self, client: &mut Client) -> Result<()> {
+        client.wait(&self.added)
+    }
+
     /// The id of the claim; `None` where another saver was faster.
     ///
     /// # Errors
@@ -248,8 +271,13 @@ pub(super) fn read_notes(
         .collect();
     let mut notes = Vec::new();
     for id in names {
-        let data = client.qom_string(&object(&id), "data")?;
-        let owed = client.qom_string(&object(&id), OWED)?;
+        let said = client.qom_string(&object(&id), "data");
+        let (data, owed) = match said.and_then(|data| Ok((data, client.qom_string(&object(&id), OWED)?))) {
+            Ok(said) => said,
+            // Taken away since they were listed. The others stand.
+            Err(error) if error.is_refusal() => continue,
+            Err(error) => return Err(error),
+        };
         let unknown = || {
             Error::new(Kind::Peer, format!("the note `{id}` in QEMU is of an unknown form")).hint(format!(
                 "another version of vmstate left it; remove it with the QMP command object-del of {id}"
@@ -258,7 +286,7 @@ pub(super) fn read_notes(
         if data.len().max(owed.len()) > NOTE_LEN_MAX {
             return Err(unknown());
         }
-        let mut note: Note = serde_json::from_str(&data).map_err(|error| unknown().because(error))?;
+        let mut note = Note::of(&data).map_err(|error| unknown().because(error))?;
         // A claim owes nothing before something is changed.
         if !owed.is_empty() {
             note.owed = serde_json::from_str(&owed).map_err(|error| unknown().because(error))?;
@@ -298,6 +326,11 @@ mod tests {
         assert_eq!(serde_json::from_str::<Note>(&text).unwrap(), second);
         // A note by who knows whom is none.
         assert!(serde_json::from_str::<Note>("{}").is_err());
+        // Earlier versions said here what is owed: not to see it would be to forget it.
+        assert_eq!(Note::of(&text).unwrap(), second);
+        let earlier = text.replace('}', r#","stopped":"running"}"#);
+        assert_eq!(Note::of(&earlier).unwrap_err().to_string(), "unknown field `stopped`");
+        assert!(serde_json::from_str::<Owed>(r#"{"later":1}"#).is_err());
 
         let owed = Owed {
             stopped: Some("running".to_owned()),

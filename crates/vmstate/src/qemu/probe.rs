@@ -112,7 +112,6 @@ impl ProbeSocket {
 pub struct Probing {
     ours: UnixStream,
     changing: Changing,
-    migrating: Option<Begun>,
 }
 
 /// A probe that has told all, and whose migration is being cancelled.
@@ -140,19 +139,18 @@ impl Probing {
         let parameters =
             [("max-bandwidth", json!(bandwidth)), ("mode", json!("normal")), ("tls-creds", json!(""))];
         let changing = session.begin_configuring_probe(ram_bytes, &parameters)?;
-        let migrating = session.begin_migrating(&uri())?;
+        session.begin_migrating(&uri())?;
         session.client.end(given)?;
         match search(session, pid, &theirs) {
-            Ok(peer) => Ok((Probing { ours, changing, migrating }, peer)),
+            Ok(peer) => Ok((Probing { ours, changing }, peer)),
             Err(error) => {
                 session.end_changing(changing)?;
-                match migrating {
-                    Some(_) => {
-                        session.end_migrating(migrating, &uri())?;
-                        session.cancel_migration()?;
-                        drain(&mut ours);
-                    }
-                    None => session.take_fd_back(PROBE)?,
+                if session.has_begun_migrating() {
+                    session.end_migrating(&uri())?;
+                    session.cancel_migration()?;
+                    drain(&mut ours);
+                } else {
+                    session.take_fd_back(PROBE)?;
                 }
                 session.let_go();
                 session.end_settings_back(None)?;
@@ -167,9 +165,9 @@ impl Probing {
     /// [`Kind::Peer`] where QEMU refuses to migrate this guest, with its reason, or sends what is no stream. What is under
     /// way then ends with the session.
     pub fn listen(self, session: &mut Session) -> Result<(Probed, Cancelling)> {
-        let Probing { mut ours, changing, migrating } = self;
+        let Probing { mut ours, changing } = self;
         session.end_changing(changing)?;
-        session.end_migrating(migrating, &uri())?;
+        session.end_migrating(&uri())?;
         let told = listen(session, &mut ours)?;
         let cancelled = session.client.begin("migrate_cancel", json!({}))?;
         // A limit that is lifted behind the cancel lets nothing more through: the migration looks for the error that the

@@ -14,7 +14,7 @@ use crate::manifest::Manifest;
 use crate::qemu::{
     self, AskedBlocks, AskedFacts, DeviceStateFile, HostBlock, Probe, Probed, Probing, Session,
 };
-use crate::qmp::{Begun, Client};
+use crate::qmp::{Begun, RunStatus};
 use crate::sink::{DeviceState, Means};
 use crate::{Error, Kind, Result};
 
@@ -39,9 +39,10 @@ pub(super) struct Asked {
 
 impl Asked {
     /// Asks.
-    pub(super) fn ahead(client: &mut Client) -> Result<Asked> {
-        let blocks = qemu::ask_host_blocks(client)?;
-        Ok(Asked { has_command: client.begin(DEVICE_STATE_COMMAND, json!({}))?, blocks })
+    pub(super) fn ahead(session: &mut Session) -> Result<Asked> {
+        session.ask_settings()?;
+        let blocks = qemu::ask_host_blocks(&mut session.client)?;
+        Ok(Asked { has_command: session.client.begin(DEVICE_STATE_COMMAND, json!({}))?, blocks })
     }
 }
 
@@ -186,12 +187,12 @@ pub(super) fn require_room(
     room::require(&prepared.probe, &prepared.ram, present, target, format)
 }
 
-/// Stops the guest and writes everything of it to the target, all but what makes it an image. While it ran, so many
-/// bytes of its pages were there.
+/// Stops the guest, which had this state, and writes everything of it to the target, all but what makes it an image. While
+/// it ran, so many bytes of its pages were there.
 pub(super) fn carry(
     settings: &SaveSettings,
     session: &mut Session,
-    (prepared, present_bytes): (Prepared, u64),
+    (status, prepared, present_bytes): (&RunStatus, Prepared, u64),
     (target, format, channels): (&Target, SaveFormat, u16),
     cancel: &Cancel,
     watch: &mut Stopwatch<'_>,
@@ -200,6 +201,7 @@ pub(super) fn carry(
     let mut facts = facts.answered(&mut session.client)?;
     let devices = devices.map(|devices| devices.lent(session)).transpose()?;
     watch.phase("stop");
+    session.will_stop(status)?;
     let stopped_at = Instant::now();
     let (before, (asked, written)) = session.pause_and(|client| {
         let blocks = qemu::ask_host_blocks(client)?;
@@ -251,13 +253,14 @@ pub(super) fn carry(
         session.verify_still_by(looked)?;
     }
     // All of the guest has been read: it need not wait for the disk.
-    let resuming = if settings.then == Then::Resume { session.begin_resuming()? } else { None };
+    if settings.then == Then::Resume {
+        session.begin_resuming()?;
+    }
     let read_at = Instant::now();
 
     watch.phase("metadata");
-    let completed = writing.complete(&ram);
-    session.end_resuming(resuming)?;
-    completed?;
+    writing.complete(&ram)?;
+    session.end_resuming()?;
     Ok(Carried {
         run_state,
         direct_io: target.direct().is_some(),

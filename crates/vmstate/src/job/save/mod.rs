@@ -267,10 +267,10 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
         target.reserve(envelope.len());
     }
     let (mut session, status, ahead) =
-        super::resume::open_for_save(called?, &settings.image, cancel, observer, |client| {
+        super::resume::open_for_save(called?, &settings.image, cancel, observer, |session| {
             match settings.via {
                 Via::Qemu => Ok(None),
-                _ => direct::Asked::ahead(client).map(Some),
+                _ => direct::Asked::ahead(session).map(Some),
             }
         })?;
     session.client.timeout = settings.timeout;
@@ -354,7 +354,6 @@ fn carry(
     watch: &mut Stopwatch<'_>,
 ) -> Result<(Carried, Choice)> {
     refuse_states(&status)?;
-    session.will_stop(&status);
     if settings.via != Via::Qemu {
         watch.phase("probe");
     }
@@ -382,7 +381,7 @@ fn carry(
                 ready.ram.write_gaps_below(room::SEEK_BYTES);
             }
             let way = (&*target, format, channels);
-            (direct::carry(settings, session, (ready, bytes), way, cancel, watch)?, Via::Direct)
+            (direct::carry(settings, session, (&status, ready, bytes), way, cancel, watch)?, Via::Direct)
         }
         None => {
             channels = settings.channels.unwrap_or(QEMU_CHANNELS);
@@ -447,7 +446,7 @@ fn choose(
     }
     let asked = match ahead {
         Some(asked) => asked,
-        None => direct::Asked::ahead(&mut session.client)?,
+        None => direct::Asked::ahead(session)?,
     };
     match direct::prepare(settings, session, asked) {
         Ok(ready) => Ok((Some(ready), None)),

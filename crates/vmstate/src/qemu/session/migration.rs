@@ -33,11 +33,12 @@ impl Session {
         if self.may_be_cleaning {
             await_cleanup(&mut self.client, Instant::now() + CLEANUP_TIMEOUT)?;
         }
-        // Cancelled even if the answer never comes, but not if QEMU refuses: another's may be under way.
-        self.migrating = true;
         let deadline = Instant::now() + CLEANUP_TIMEOUT;
         let started = loop {
+            // Cancelled even if the answer never comes, but not if QEMU refuses: another's may be under way.
+            self.migrating = true;
             let started = self.client.migrate(uri);
+            self.migrating &= !started.as_ref().is_err_and(Error::is_refusal);
             let is_early = started
                 .as_ref()
                 .is_err_and(|error| STILL_CLEANING.iter().any(|words| error.to_string().ends_with(words)));
@@ -48,9 +49,6 @@ impl Session {
             // Nothing tells when it is done, so it is asked again.
             self.client.next_event(Some(Instant::now() + CLEANUP_INTERVAL))?;
         };
-        if started.as_ref().is_err_and(|error| error.kind() == Kind::Peer) {
-            self.migrating = false;
-        }
         started?;
         if let Some(name) = uri.strip_prefix("fd:") {
             self.named_fds.retain(|known| known != name);
@@ -63,31 +61,44 @@ impl Session {
     ///
     /// # Errors
     /// As every QMP command.
-    pub(in crate::qemu) fn begin_migrating(&mut self, uri: &str) -> Result<Option<Begun>> {
+    pub(in crate::qemu) fn begin_migrating(&mut self, uri: &str) -> Result<()> {
         if self.may_be_cleaning {
-            return Ok(None);
+            return Ok(());
         }
-        self.migrating = true;
-        self.client.begin("migrate", json!({ "uri": uri })).map(Some)
+        let begun = self.client.begin("migrate", json!({ "uri": uri }));
+        // Of what was not sent there is nothing to cancel, and another's may be under way.
+        self.migrating = begun.is_ok() || self.client.is_cut_short();
+        self.migrate_asked = Some(begun?);
+        Ok(())
+    }
+
+    /// Whether it has begun, and not waited for yet.
+    pub(in crate::qemu) fn has_begun_migrating(&self) -> bool {
+        self.migrate_asked.is_some()
     }
 
     /// Waits until it has started.
     ///
     /// # Errors
     /// As every QMP command.
-    pub(in crate::qemu) fn end_migrating(&mut self, begun: Option<Begun>, uri: &str) -> Result<()> {
-        let Some(begun) = begun else { return self.migrate(uri) };
-        match self.client.end(begun) {
+    pub(in crate::qemu) fn end_migrating(&mut self, uri: &str) -> Result<()> {
+        if let Some(asked) = &self.migrate_asked {
+            self.client.wait(asked)?;
+        }
+        let Some(asked) = self.migrate_asked.take() else { return self.migrate(uri) };
+        match self.client.end(asked) {
             Ok(_) => {
                 self.named_fds.retain(|known| uri.strip_prefix("fd:") != Some(known));
                 Ok(())
             }
-            Err(error) if STILL_CLEANING.iter().any(|words| error.to_string().ends_with(words)) => {
-                self.migrate(uri)
-            }
             Err(error) => {
-                self.migrating &= error.kind() != Kind::Peer;
-                Err(error)
+                self.migrating &= !error.is_refusal();
+                if !STILL_CLEANING.iter().any(|words| error.to_string().ends_with(words)) {
+                    return Err(error);
+                }
+                // Somebody has migrated since QEMU was asked.
+                self.may_be_cleaning = true;
+                self.migrate(uri)
             }
         }
     }
@@ -196,6 +207,17 @@ impl Session {
             }
             while self.client.next_event(None)?.is_some_and(|event| event.name != "MIGRATION") {}
         }
+    }
+
+    /// Cancels the migration, if QEMU has not refused it: then there may be another's.
+    pub(super) fn give_up_migrating(&mut self) -> Result<()> {
+        if let Some(asked) = self.migrate_asked.take()
+            && self.client.end(asked).is_err_and(|error| error.is_refusal())
+        {
+            self.migrating = false;
+            return Ok(());
+        }
+        self.cancel_migration().map(drop)
     }
 
     /// Cancels the migration and waits until it is gone.

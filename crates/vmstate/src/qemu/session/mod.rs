@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use io::Cancel;
 use serde_json::{Map, Value, json};
 
+use self::run_state::Stopping;
 pub(super) use self::settings::Changing;
 use super::leftovers::{AskedLeftovers, Leftovers};
 use super::note::{Claiming, Note, Owed, Saver, begin_removing, begin_writing, end_removing, remove_note};
@@ -60,10 +61,15 @@ pub struct Session {
     fdsets_owed: usize,
     named_fds: Vec<String>,
     migrating: bool,
+    /// The question to migrate, until it is known whether QEMU does.
+    migrate_asked: Option<Begun>,
     /// Our ends of sockets that QEMU may still write into: closed when it was told to stop.
     held: Vec<OwnedFd>,
     /// Set while the guest is stopped by us.
     stopped: bool,
+    /// What tells whether it is, until that is known, and the order to resume it, until it runs.
+    stopping: Option<Stopping>,
+    resuming: Option<Begun>,
     /// Set from the pause on: from then the guest is to stand still.
     watching: bool,
     /// The state in which it then stood.
@@ -72,8 +78,7 @@ pub struct Session {
     standstill: Option<Standstill>,
     /// The guest's state before it was stopped, by us or by a save whose debts are ours now.
     state_before: Option<String>,
-    /// The state in which a guest is that is about to be stopped: noted before the first change, so that the note need not
-    /// be written again.
+    /// The state in which a guest is that is about to be stopped.
     to_stop: Option<String>,
     /// Whether a note of what is owed is kept in QEMU, and the id of the one that is there.
     keeps_note: bool,
@@ -82,6 +87,8 @@ pub struct Session {
     noted: Option<Owed>,
     /// The id of the claim, which says that nobody else saves this guest. It is a note as well.
     claim: Option<String>,
+    /// The claim that is on its way: whether it is ours is known by the answer alone.
+    claiming: Option<Claiming>,
     /// The questions for all settings, where they were asked ahead.
     settings_asked: Option<(Begun, Begun)>,
     /// Whether QEMU may not have let go of a migration that has ended.
@@ -92,10 +99,9 @@ pub struct Session {
     settled: bool,
 }
 
-/// A claim that is on its way, and the questions behind it.
+/// The questions behind a claim that is on its way.
 #[derive(Debug)]
 pub(crate) struct BegunClaim {
-    claiming: Claiming,
     left: AskedLeftovers,
 }
 
@@ -153,8 +159,11 @@ impl Session {
             fdsets_owed: 0,
             named_fds: Vec::new(),
             migrating: false,
+            migrate_asked: None,
             held: Vec::new(),
             stopped: false,
+            stopping: None,
+            resuming: None,
             watching: false,
             state_stopped: None,
             standstill: None,
@@ -164,6 +173,7 @@ impl Session {
             note: None,
             noted: None,
             claim: None,
+            claiming: None,
             settings_asked: None,
             may_be_cleaning: true,
             removals: Vec::new(),
@@ -199,7 +209,19 @@ impl Session {
 
     fn try_claim(&mut self, generation: u64) -> Result<BegunClaim> {
         let claiming = self.empty_note().begin_claim(&mut self.client, generation)?;
-        Ok(BegunClaim { claiming, left: Leftovers::ask(&mut self.client)? })
+        self.claiming = Some(claiming);
+        Ok(BegunClaim { left: Leftovers::ask(&mut self.client)? })
+    }
+
+    /// Waits for the answer to a claim; `false` where another saver was faster.
+    fn end_claiming(&mut self) -> Result<bool> {
+        if let Some(claiming) = &self.claiming {
+            claiming.wait(&mut self.client)?;
+        }
+        if let Some(claiming) = self.claiming.take() {
+            self.claim = claiming.end(&mut self.client)?;
+        }
+        Ok(self.claim.is_some())
     }
 
     /// Ends a claim as [`Session::claim`] says it.
@@ -207,17 +229,14 @@ impl Session {
     /// # Errors
     /// As there.
     pub(crate) fn end_claim(&mut self, begun: BegunClaim, force: bool) -> Result<Leftovers> {
-        let BegunClaim { mut claiming, mut left } = begun;
+        let BegunClaim { mut left } = begun;
         for _ in 0..CLAIMS_MAX {
-            match claiming.end(&mut self.client) {
-                Ok(Some(id)) => {
-                    self.claim = Some(id);
-                    return left.answered(&mut self.client, force, self.claim.as_deref());
-                }
+            match self.end_claiming() {
+                Ok(true) => return left.answered(&mut self.client, force, self.claim.as_deref()),
                 // Whoever has it is told by the look behind it.
-                Ok(None) => {
+                Ok(false) => {
                     let generation = left.answered(&mut self.client, force, None)?.next_generation();
-                    BegunClaim { claiming, left } = self.try_claim(generation)?;
+                    BegunClaim { left } = self.try_claim(generation)?;
                 }
                 // A QEMU without such objects is saved all the same.
                 Err(error) if error.is_refusal() => {
@@ -271,11 +290,13 @@ impl Session {
         match self.claim.as_ref().or(self.note.as_ref()) {
             Some(id) => begin_writing(&mut self.client, id, &owed).map(Some),
             None => {
-                match (Note { owed, ..self.empty_note() }).leave(&mut self.client) {
-                    Ok(id) => self.note = Some(id),
+                let note = Note { owed, ..self.empty_note() };
+                // Taken away even if the answer never comes: nobody else has this id.
+                self.note = Some(note.id());
+                match note.leave(&mut self.client) {
                     // A QEMU without such objects is saved all the same.
                     Err(error) if error.is_refusal() => self.keeps_note = false,
-                    Err(error) => return Err(error),
+                    left => left?,
                 }
                 Ok(None)
             }
@@ -293,9 +314,19 @@ impl Session {
         }
     }
 
-    /// The guest is about to be stopped, in this state: the next note says so.
-    pub(crate) fn will_stop(&mut self, status: &RunStatus) {
+    /// The guest is about to be stopped, in this state as far as is known, and that is written down.
+    ///
+    /// Not before the very moment: whoever is killed earlier has not stopped it, and where it is found paused then,
+    /// somebody else has paused it.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub(crate) fn will_stop(&mut self, status: &RunStatus) -> Result<()> {
+        if self.stopped {
+            return Ok(());
+        }
         self.to_stop = status.is_live().then(|| status.status.clone());
+        self.write_down()
     }
 
     /// Takes over what a killed save owes to the guest: it counts as one in the state `before` that this session
@@ -512,6 +543,11 @@ impl Session {
 
     /// Gives the claim up, or waits until it is.
     fn release(&mut self) -> Result<()> {
+        // One that was cut short may be ours all the same.
+        match self.end_claiming() {
+            Err(error) if error.is_refusal() => {}
+            claimed => drop(claimed?),
+        }
         let Some(claim) = self.claim.take() else { return Ok(()) };
         match self.releasing.take() {
             Some(begun) => end_removing(&mut self.client, begun),
@@ -533,7 +569,7 @@ impl Session {
             }
         };
         if self.migrating {
-            attempt(self, &|session| session.cancel_migration().map(drop));
+            attempt(self, &Session::give_up_migrating);
         }
         self.held.clear();
         let stopped = self.stopped;

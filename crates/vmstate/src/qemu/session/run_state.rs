@@ -7,6 +7,14 @@ use crate::qemu::Standstill;
 use crate::qmp::{Begun, Client, RunStatus};
 use crate::{Error, Kind, Result};
 
+/// An order to stop the guest that is on its way, and the question before it in which state it was.
+#[derive(Debug)]
+pub(super) struct Stopping {
+    before: Begun,
+    /// `None` where it could not be sent.
+    stop: Option<Begun>,
+}
+
 impl Session {
     /// Pauses the guest and forgets the events up to then; returns the state it was in.
     ///
@@ -24,42 +32,56 @@ impl Session {
         &mut self,
         ask: impl FnOnce(&mut Client) -> Result<T>,
     ) -> Result<(RunStatus, T)> {
-        let before = self.client.begin("query-status", json!({}))?;
-        // A guest that is noted to be stopped is stopped without waiting for that answer.
-        let Some(expected) = self.to_stop.clone().filter(|_| !self.stopped) else {
-            return self.pause_first(before, ask);
+        // A guest that is noted to be stopped is stopped without waiting for any answer. Where events may come later than
+        // answers, nothing would tell that it moved before what is asked behind that.
+        let at_once = !self.stopped && !self.client.has_late_events();
+        let Some(expected) = self.to_stop.clone().filter(|_| at_once) else {
+            return self.pause_first(ask);
         };
+        let before = self.client.begin("query-status", json!({}))?;
+        self.stopping = Some(Stopping { before, stop: None });
         // Owed even if the answer never comes: QEMU may have stopped all the same.
         self.stopped = true;
         self.state_before = Some(expected);
         let stop = self.client.begin("stop", json!({}))?;
+        self.stopping.as_mut().expect("on its way").stop = Some(stop);
         let asked = ask(&mut self.client)?;
-        let before = RunStatus::of(&self.client.end(before)?)?;
-        if self.state_before.as_ref() != Some(&before.status) {
-            // Somebody else was there since.
-            self.stopped = before.is_live();
-            self.state_before = self.stopped.then(|| before.status.clone());
-            self.to_stop = None;
-            self.write_down()?;
-        }
-        self.client.end(stop)?;
-        if before.status == "running" && !self.client.has_late_events() {
-            // What comes behind this answer says if it did not stay so.
-            self.client.watch();
-            self.watching = true;
-            self.state_stopped = Some("paused".to_owned());
-        } else {
+        let before = self.end_stopping()?.expect("on its way");
+        self.watching = true;
+        self.state_stopped = Some("paused".to_owned());
+        if before.status != "running" {
             self.see_paused()?;
         }
         Ok((before, asked))
     }
 
-    fn pause_first<T>(
-        &mut self,
-        before: Begun,
-        ask: impl FnOnce(&mut Client) -> Result<T>,
-    ) -> Result<(RunStatus, T)> {
-        let mut before = RunStatus::of(&self.client.end(before)?)?;
+    /// Waits until the guest is stopped, where that is on its way; returns the state that it was in. From then on it is seen
+    /// whether it stays so. When this is cut short it can be called again, and what the guest is owed is known by then.
+    fn end_stopping(&mut self) -> Result<Option<RunStatus>> {
+        let Some(Stopping { before, .. }) = &self.stopping else { return Ok(None) };
+        self.client.wait(before)?;
+        let Stopping { before, stop } = self.stopping.take().expect("on its way");
+        let before = RunStatus::of(&self.client.end(before)?)?;
+        let is_as_noted = self.state_before.as_ref() == Some(&before.status);
+        if !is_as_noted {
+            // Somebody else was there since.
+            self.stopped = before.is_live();
+            self.state_before = self.stopped.then(|| before.status.clone());
+            self.to_stop = None;
+        }
+        if let Some(stop) = stop {
+            self.client.end(stop)?;
+            // Nothing that was asked behind it is heard of yet.
+            self.client.watch();
+        }
+        if !is_as_noted && !self.settled {
+            self.write_down()?;
+        }
+        Ok(Some(before))
+    }
+
+    fn pause_first<T>(&mut self, ask: impl FnOnce(&mut Client) -> Result<T>) -> Result<(RunStatus, T)> {
+        let mut before = self.client.status()?;
         if before.is_live() {
             // Owed even if the answer never comes: QEMU may have stopped all the same.
             self.stopped = true;
@@ -71,19 +93,20 @@ impl Session {
             before = RunStatus { running: status != "suspended", status: status.clone() };
         }
         self.see_paused()?;
+        // Nothing is asked of it before.
+        self.client.watch();
+        self.watching = true;
         let asked = ask(&mut self.client)?;
         Ok((before, asked))
     }
 
-    /// Sees that the guest is paused, and forgets the events up to then.
+    /// Sees that the guest is paused.
     fn see_paused(&mut self) -> Result<()> {
         let after = self.client.status()?;
         if after.running {
             return Err(Error::new(Kind::Peer, "the guest runs although it was stopped")
                 .hint("another client has resumed it; keep it from doing so during the save"));
         }
-        self.client.watch();
-        self.watching = true;
         self.state_stopped = Some(after.status);
         Ok(())
     }
@@ -172,22 +195,26 @@ impl Session {
     ///
     /// # Errors
     /// As every QMP command.
-    pub(crate) fn begin_resuming(&mut self) -> Result<Option<Begun>> {
-        if !self.stopped {
-            return Ok(None);
+    pub(crate) fn begin_resuming(&mut self) -> Result<()> {
+        if self.stopped {
+            // What comes now is ours.
+            self.watching = false;
+            self.resuming = Some(self.client.begin("cont", json!({}))?);
         }
-        // What comes now is ours.
-        self.watching = false;
-        self.client.begin("cont", json!({})).map(Some)
+        Ok(())
     }
 
-    /// Waits until it runs.
+    /// Waits until it runs, if that is on its way. When this is cut short it can be called again: to resume it twice would
+    /// be to resume a guest that somebody else has paused in between.
     ///
     /// # Errors
     /// As every QMP command.
-    pub(crate) fn end_resuming(&mut self, begun: Option<Begun>) -> Result<()> {
-        if let Some(begun) = begun {
-            self.client.end(begun)?;
+    pub(crate) fn end_resuming(&mut self) -> Result<()> {
+        if let Some(resuming) = &self.resuming {
+            self.client.wait(resuming)?;
+        }
+        if let Some(resuming) = self.resuming.take() {
+            self.client.end(resuming)?;
             self.stopped = false;
         }
         Ok(())
@@ -198,10 +225,17 @@ impl Session {
     /// # Errors
     /// As every QMP command.
     pub fn resume(&mut self) -> Result<()> {
-        if self.stopped {
-            self.look()?;
+        match self.end_resuming() {
+            // Once more.
+            Err(error) if error.is_refusal() => {}
+            resumed => resumed?,
         }
-        let begun = self.begin_resuming()?;
-        self.end_resuming(begun)
+        self.end_stopping()?;
+        if self.stopped && self.look()?.running {
+            // It was not stopped in the end, or is not any more.
+            self.stopped = false;
+        }
+        self.begin_resuming()?;
+        self.end_resuming()
     }
 }
