@@ -150,17 +150,17 @@ fn a_guest_that_is_paused_as_soon_as_it_runs_again_stays_so_when_the_save_is_can
     let dir = images();
     let cancel = Cancel::new().unwrap();
     let (token, second) = (cancel.clone(), qemu.second_qmp_path());
+    let mut is_paused = false;
     let result =
         save_hearing(&qemu.qmp_path(), &dir.path().join("vm.img"), &cancel, move |name, nth, answered| {
             match (name, nth) {
                 ("cont", 0) => token.cancel(),
-                // Whatever the save does next, it was told that it is interrupted.
-                (_, _) if token.is_cancelled() => {
+                // Once: whatever the save does next, it was told that it is interrupted.
+                (_, _) if token.is_cancelled() && !std::mem::replace(&mut is_paused, true) => {
                     answered();
                     let mut other = client(&second);
-                    if other.status().unwrap().running {
-                        other.stop().unwrap();
-                    }
+                    assert!(other.status().unwrap().running);
+                    other.stop().unwrap();
                 }
                 _ => {}
             }
