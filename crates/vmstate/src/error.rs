@@ -65,9 +65,12 @@ impl Error {
     /// The operating system's refusal of what `clause` names.
     pub fn io(clause: impl Into<String>, source: impl Into<std::io::Error>) -> Error {
         let source = source.into();
-        let full = is_full(&source);
+        let hint = room_hint(&source);
         let error = Error::new(Kind::Io, clause).because(source);
-        if full { error.hint(FULL_HINT) } else { error }
+        match hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
     }
 
     /// The error of ours that was put into one of the system's on its way through a reader or writer; the system's
@@ -195,9 +198,12 @@ impl From<io::LaneError> for Error {
         if matches!(error, io::LaneError::Cancelled) {
             return Error::interrupted();
         }
-        let full = system_error(&error).is_some_and(is_full);
+        let hint = system_error(&error).and_then(room_hint);
         let error = Error::new(Kind::Io, "the guest's memory could not be written").because(error);
-        if full { error.hint(FULL_HINT) } else { error }
+        match hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
     }
 }
 
@@ -212,9 +218,12 @@ impl From<io::OutflowError> for Error {
             },
             error => error,
         };
-        let full = system_error(&error).is_some_and(is_full);
+        let hint = system_error(&error).and_then(room_hint);
         let error = Error::new(Kind::Io, "the stream could not be written").because(error);
-        if full { error.hint(FULL_HINT) } else { error }
+        match hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
     }
 }
 
@@ -241,6 +250,9 @@ fn target_hint(step: io::DraftStep, kind: std::io::ErrorKind) -> Option<&'static
 
 pub(crate) const FULL_HINT: &str = "the file system is full: free some space, or save to another one";
 
+const LIMIT_HINT: &str = "files may not be so large here: raise the limit of this process (ulimit -f), or save to another \
+    file system";
+
 /// The operating system's own error at the end of a chain.
 fn system_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a std::io::Error> {
     let mut at = Some(error);
@@ -256,7 +268,12 @@ fn system_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a std::io::
     None
 }
 
-fn is_full(error: &std::io::Error) -> bool {
-    use std::io::ErrorKind::{QuotaExceeded, StorageFull};
-    matches!(error.kind(), StorageFull | QuotaExceeded)
+/// What to do where there is no room for what is written.
+fn room_hint(error: &std::io::Error) -> Option<&'static str> {
+    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    match error.kind() {
+        StorageFull | QuotaExceeded => Some(FULL_HINT),
+        FileTooLarge => Some(LIMIT_HINT),
+        _ => None,
+    }
 }

@@ -65,3 +65,34 @@ fn a_signal_in_any_phase_of_a_restore_ends_the_qemu_that_it_started() {
         assert_eq!(left.count(), 0, "{phase}");
     }
 }
+
+/// The signal that comes with it would end vmstate, and leave the guest paused.
+#[test]
+fn a_limit_of_the_size_of_files_fails_the_save_and_the_guest_runs_on() {
+    let qemu = booted();
+    let before = paused_footprint(&qemu);
+    let dir = images();
+    for via in ["direct", "qemu"] {
+        let mut command = std::process::Command::new("sh");
+        command.args([
+            "-c",
+            "ulimit -f 1000; exec \"$@\"",
+            "sh",
+            env!("CARGO_BIN_EXE_vmstate"),
+            "save",
+            "--via",
+            via,
+            "--qmp",
+        ]);
+        let said: crate::Said =
+            command.arg(qemu.qmp_path()).arg(dir.path().join("vm.img")).output().unwrap().into();
+        assert_eq!(said.code, Some(2), "{via}: {said:?}");
+        assert!(
+            said.stderr.contains("File too large (os error 27)\nhint: files may not be so large here"),
+            "{said:?}"
+        );
+        assert_eq!(names_in(dir.path()), [""; 0], "{via}");
+        assert!(other(&qemu).status().unwrap().running, "{via}");
+        assert_eq!(before.changes(&paused_footprint(&qemu)), [""; 0], "{via}");
+    }
+}
