@@ -227,12 +227,11 @@ impl Client {
             }
         };
         client.greeting = greeting;
-        // Where QEMU offers to take commands out of turn, it reads one while it carries out the one before.
-        let offers =
-            |name| client.greeting["QMP"]["capabilities"].as_array().is_some_and(|all| all.contains(name));
-        let wanted = if offers(&json!("oob")) { json!({ "enable": ["oob"] }) } else { json!({}) };
+        // QEMU offers to read one command while it carries out another (`oob`). It is not asked to: its socket's descriptors
+        // are handled by two threads then, without a lock (chardev/char-socket.c:tcp_chr_recv and tcp_get_msgfds), and QEMU
+        // 7.2 has crashed there.
         // Whatever is asked next need not wait for the answer.
-        let entered = client.begin("qmp_capabilities", wanted)?;
+        let entered = client.begin("qmp_capabilities", json!({}))?;
         client.end(entered)?;
         Ok(client)
     }
@@ -801,12 +800,8 @@ mod tests {
     }
 
     #[test]
-    fn a_monitor_that_offers_it_is_told_to_read_ahead() {
-        for (offered, expected) in [
-            (json!(["oob"]), json!({ "enable": ["oob"] })),
-            (json!([]), Value::Null),
-            (Value::Null, Value::Null),
-        ] {
+    fn a_monitor_that_offers_it_is_not_told_to_read_ahead() {
+        for offered in [json!(["oob"]), json!([]), Value::Null] {
             let (ours, theirs) = UnixStream::pair().unwrap();
             let greeting = format!("{}\n", json!({ "QMP": { "capabilities": offered } }));
             let peer = std::thread::spawn(move || {
@@ -817,7 +812,7 @@ mod tests {
                 serde_json::from_str::<Value>(&line).unwrap()
             });
             Client::from_socket(ours, "the test", &Cancel::new().unwrap()).unwrap();
-            assert_eq!(peer.join().unwrap()["arguments"], expected);
+            assert_eq!(peer.join().unwrap()["arguments"], Value::Null);
         }
     }
 
