@@ -247,11 +247,9 @@ fn search_mapping(
     while at < heap.end {
         let len = (heap.end - at).min(CHUNK_LEN as u64) as usize;
         let Some(bytes) = chunk.get_mut(..len) else { return };
-        // A heap may shrink while it is read; its rest is of no use then.
-        if memory.read_exact_at(bytes, at).is_err() {
-            return;
-        }
-        let is_last = at + len as u64 == heap.end;
+        let len = read_up_to(memory, bytes, at);
+        let is_last = len < bytes.len() || at + len as u64 == heap.end;
+        let bytes = &bytes[..len];
         // What is too near to the end is judged with the next chunk, what is too near to the start was with the last.
         let judged = if is_last { len } else { len - AFTER_LEN };
         let first = if at == heap.start { 0 } else { RECORD_REACH };
@@ -265,6 +263,20 @@ fn search_mapping(
         }
         at += (judged - RECORD_REACH) as u64;
     }
+}
+
+/// Reads into `bytes` as far as there is something, and says how far: a heap may shrink while it is read, and what is left of
+/// it is as good as before.
+fn read_up_to(memory: &File, bytes: &mut [u8], at: u64) -> usize {
+    let mut len = 0;
+    while let Some(rest) = bytes.get_mut(len..).filter(|rest| !rest.is_empty()) {
+        match memory.read_at(rest, at + len as u64) {
+            Ok(more) if more > 0 => len += more,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            _ => break,
+        }
+    }
+    len
 }
 
 /// The block whose offset, used and total length stand at `place`, with its name behind them; and the words before.
@@ -408,6 +420,32 @@ FlatView #2
             let heap = [record(0x7f00_0000_0000, &blocks[0]), record(0x7f11_0000_0000, &other)].concat();
             assert_eq!(records(&heap, &blocks, &mapped).of(1), [0; 0], "{other:?}");
         }
+    }
+
+    #[test]
+    fn a_heap_that_has_shrunk_since_it_was_listed_is_searched_to_its_end() {
+        let blocks = [block("pc.ram", 0, 0x4000_0000, 0x4000_0000)];
+        let memory = tempfile::tempfile().unwrap();
+        let before = CHUNK_LEN as u64 + 4096;
+        memory.write_all_at(&record(0x7f00_0000_0000, &blocks[0]), before).unwrap();
+        let heap = Mapping {
+            start: 0,
+            end: 4 * CHUNK_LEN as u64,
+            is_readable: true,
+            is_writable: true,
+            is_shared: false,
+            offset: 0,
+            device: 0,
+            inode: 0,
+            path: "[heap]".into(),
+        };
+        let mut places = BTreeMap::new();
+        search_mapping(&memory, &heap, &blocks, &mut places);
+        assert_eq!(places.get(&0).map(Vec::len), Some(1));
+        // Nothing at all is left of it.
+        let mut places = BTreeMap::new();
+        search_mapping(&tempfile::tempfile().unwrap(), &heap, &blocks, &mut places);
+        assert!(places.is_empty());
     }
 
     #[test]
