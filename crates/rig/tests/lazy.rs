@@ -15,7 +15,7 @@ use vmstate::net::QmpAddress;
 use vmstate::source::{Format, MappedRamFile};
 use vmstate::{
     Cancel, ConvertSettings, Kind, Mode, Record, RestoreReport, RestoreSettings, Result, SaveSettings,
-    Target, Unobserved,
+    Target, Unobserved, Via,
 };
 use vmstate_rig::{DEADLINE, Difference, HugeMount, StockLoad, client, stock_migrate, stock_save};
 
@@ -40,8 +40,11 @@ fn saved(spec: QemuSpec, pages: u32) -> Saved {
 
 /// Saves a guest and says which round it had finished.
 fn save(qemu: &mut Qemu, image: &Path) -> u32 {
-    let settings =
-        SaveSettings { overwrite: true, ..SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), image) };
+    let settings = SaveSettings {
+        overwrite: true,
+        via: Via::Direct,
+        ..SaveSettings::new(QmpAddress::Unix(qemu.qmp_path()), image)
+    };
     vmstate::save(&settings, &Cancel::new().unwrap(), &Unobserved)
         .unwrap_or_else(|error| panic!("{}", error.chain()));
     qemu.serial.latest_round().unwrap()
