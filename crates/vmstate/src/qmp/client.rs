@@ -385,7 +385,7 @@ impl Client {
         fds: &[BorrowedFd<'_>],
         deadline: Option<Instant>,
     ) -> Result<u64> {
-        // QEMU keeps the descriptors that came last, whichever command they came with, and reads ahead
+        // QEMU keeps the descriptors that came last, whichever command they came with
         // (chardev/char-socket.c:tcp_chr_recv, QEMU 10.0).
         while let (false, Some(_)) = (fds.is_empty(), self.carrying) {
             let Some(message) = self.read_message(deadline)? else { return Err(self.unanswered(command)) };
