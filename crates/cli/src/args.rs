@@ -97,7 +97,7 @@ pub struct Save {
     #[arg(long, value_name = "N", value_parser = bytes)]
     pub offset: Option<u64>,
 
-    /// How many channels write in parallel (1 to 255) [default: one per processor, 2 to 8; 8 where QEMU carries the RAM]
+    /// How many channels write in parallel (1 to 255) [default: one per processor, 2 to 8; 1 where QEMU carries the RAM]
     #[arg(long, value_name = "N", aliases = ["parallel-channels", "parallel-connections"],
           value_parser = clap::value_parser!(u16).range(1..=255))]
     pub channels: Option<u16>,

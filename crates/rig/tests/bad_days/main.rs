@@ -5,6 +5,7 @@
 //! suite takes less than a minute and a half on two processors.
 
 mod ahead;
+mod channels;
 mod disks;
 mod ends;
 mod faults;

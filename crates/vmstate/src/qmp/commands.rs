@@ -123,6 +123,8 @@ pub struct MigratedRam {
     pub remaining_bytes: u64,
     /// Bytes of pages that were written, those that are zero left out.
     pub normal_bytes: u64,
+    /// Bytes that were sent, by every channel.
+    pub transferred_bytes: u64,
 }
 
 impl MigrationInfo {
@@ -137,6 +139,7 @@ impl MigrationInfo {
                     total_bytes: number("total"),
                     remaining_bytes: number("remaining"),
                     normal_bytes: number("normal-bytes"),
+                    transferred_bytes: number("transferred"),
                 }
             }),
         }

@@ -9,7 +9,7 @@ use serde_json::json;
 use wire::qemu::format::QEMU_VM_SECTION_FOOTER;
 use wire::qemu::global_state;
 
-use super::{Carried, Observer, QEMU_CHANNELS, SaveSettings, Stopwatch, anonymous_memory_bytes};
+use super::{Carried, Observer, QEMU_SAVE_CHANNELS, SaveSettings, Stopwatch, anonymous_memory_bytes};
 use crate::error::FULL_HINT;
 use crate::manifest::Manifest;
 use crate::qemu::{self, Session};
@@ -31,20 +31,27 @@ const CHANNEL_FAILED: &str = "Channel error: Operation not permitted";
 const CHANNEL_HINT: &str = "nothing was forbidden, QEMU has lost the reason of a channel that could not write: see \
      whether the disk is full, and what the kernel's log says of it";
 
+/// What is said where QEMU is to write by several.
+const CHANNELS_WARNING: &str = "QEMU writes by several channels, as --channels says: where one of them cannot write, on a full \
+    disk for example, QEMU may crash and take the guest with it; with one channel it does not";
+
 /// A rate as a value of QEMU's `max-bandwidth`.
 fn as_qemu_takes_it(rate: Rate) -> u64 {
     rate.bytes_per_s().get().min(BANDWIDTH_MAX)
 }
 
 /// Stops the guest and lets QEMU write everything of it to the target, all but what makes it an image. It has
-/// `ram_bytes` of RAM, touched or not.
+/// `ram_bytes` of RAM, touched or not, which go through so many channels.
 pub(super) fn carry(
     settings: &SaveSettings,
     session: &mut Session,
     target: &Target,
-    ram_bytes: u64,
+    (ram_bytes, channels): (u64, u16),
     watch: &mut Stopwatch<'_>,
 ) -> Result<Carried> {
+    if channels > QEMU_SAVE_CHANNELS {
+        watch.observer.warn(CHANNELS_WARNING);
+    }
     // Found out before anything is changed, and above all before the guest is stopped.
     session.require_descriptors()?;
     let direct = target.direct();
@@ -52,7 +59,7 @@ pub(super) fn carry(
         .configure(
             &["mapped-ram", "multifd"],
             &[
-                ("multifd-channels", json!(settings.channels.unwrap_or(QEMU_CHANNELS))),
+                ("multifd-channels", json!(channels)),
                 ("multifd-compression", json!("none")),
                 ("direct-io", json!(direct.is_some())),
                 ("max-bandwidth", json!(settings.rate_max.map_or(BANDWIDTH_MAX, as_qemu_takes_it))),

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use super::{FINALIZED_INTERVAL, SETTLE_TIMEOUT, Session, did_not_stand_still};
-use crate::qmp::{Begun, Client, MigratedRam, MigrationInfo};
+use crate::qmp::{Client, MigratedRam, MigrationInfo};
 use crate::{Error, Kind, Result};
 
 /// How often a QEMU that migrates is asked how far it is, where somebody wants to know. It answers from its main
@@ -169,7 +169,7 @@ impl Session {
         }
     }
 
-    fn ended_as(&mut self, info: &MigrationInfo) -> Result<()> {
+    pub(super) fn ended_as(&mut self, info: &MigrationInfo) -> Result<()> {
         self.migrating = false;
         self.may_be_cleaning = info.may_be_held();
         // One that is cancelled is called so when all else is done (migration/migration.c:migration_cleanup, QEMU 10.0).
@@ -207,54 +207,6 @@ impl Session {
             }
             while self.client.next_event(None)?.is_some_and(|event| event.name != "MIGRATION") {}
         }
-    }
-
-    /// Cancels the migration, if QEMU has not refused it: then there may be another's.
-    pub(super) fn give_up_migrating(&mut self) -> Result<()> {
-        if let Some(asked) = self.migrate_asked.take()
-            && self.client.end(asked).is_err_and(|error| error.is_refusal())
-        {
-            self.migrating = false;
-            return Ok(());
-        }
-        self.cancel_migration().map(drop)
-    }
-
-    /// Cancels the migration and waits until it is gone.
-    ///
-    /// # Errors
-    /// As every QMP command.
-    pub fn cancel_migration(&mut self) -> Result<MigrationInfo> {
-        self.client.migrate_cancel()?;
-        self.await_cancelled()
-    }
-
-    /// Waits until a migration that was cancelled is gone. QEMU sends events of that only where it was told to.
-    ///
-    /// # Errors
-    /// As every QMP command.
-    pub(in crate::qemu) fn await_cancelled(&mut self) -> Result<MigrationInfo> {
-        let asked = self.client.begin("query-migrate", json!({}))?;
-        self.await_cancelled_from(asked)
-    }
-
-    /// The same, by the answer to a first question.
-    ///
-    /// # Errors
-    /// As there.
-    pub(in crate::qemu) fn await_cancelled_from(&mut self, asked: Begun) -> Result<MigrationInfo> {
-        let deadline = Instant::now() + self.client.timeout.unwrap_or(SETTLE_TIMEOUT);
-        let mut info = MigrationInfo::of(&self.client.end(asked)?);
-        while info.is_under_way() {
-            if Instant::now() >= deadline {
-                let clause = format!("QEMU's migration is still in state `{}`", info.status);
-                return Err(Error::new(Kind::Peer, clause));
-            }
-            self.client.next_event(Some(Instant::now() + FINALIZED_INTERVAL))?;
-            info = self.client.migration()?;
-        }
-        self.ended_as(&info)?;
-        Ok(info)
     }
 }
 

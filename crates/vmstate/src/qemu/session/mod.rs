@@ -1,5 +1,6 @@
 //! One job's dealings with one QEMU: what it switches, passes or stops is written down and put back.
 
+mod cancel;
 mod migration;
 mod run_state;
 mod settings;
