@@ -1,7 +1,8 @@
 //! What the lanes and the disk do without a guest: the ceilings that a save and a restore are measured by.
 //!
-//! The lanes are those of the jobs. What they write is a constant that each of them has in its slab of huge pages
-//! and writes again and again: nothing is read and nothing copied.
+//! The lanes are those of the jobs. What they write is a constant in a huge page, written again and again: nothing is read
+//! and nothing copied. That stays in the processor's cache, which matters where the disk is the work of a processor, on the
+//! host of a virtual machine for example; [`Data`] does not.
 
 use std::fs::File;
 use std::path::Path;
@@ -9,7 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use io::{
-    Cancel, ConstantSupply, Counters, DirectChoice, Draft, DraftOptions, FileSupply, LaneSettings, LaneTarget,
+    Cancel, ConstantSupply, Counters, DirectChoice, Draft, DraftOptions, FileSupply, HUGE_PAGE, LaneSettings,
+    LaneTarget,
 };
 use io::{Piece, ReadPair, Supply, WriteLanes};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
@@ -21,6 +23,8 @@ use crate::{Error, Result};
 const PIECE: usize = 1 << 20;
 /// The grain of a piece.
 const GRAIN: usize = 4096;
+/// More than any cache of a processor holds, by far.
+const DATA_HUGE_PAGES: usize = 256;
 
 /// Whether files in `directory` take direct I/O: QEMU crashes where it is told to use it and they do not.
 ///
@@ -37,13 +41,51 @@ pub fn takes_direct_io(directory: &Path) -> Result<bool> {
 /// # Errors
 /// [`Kind::Io`](crate::Kind::Io), [`Kind::Interrupted`](crate::Kind::Interrupted).
 pub fn write_fresh(path: &Path, bytes: u64, cancel: &Cancel) -> Result<Duration> {
-    let constant = constant()?;
+    write_supply(path, bytes, constant()?, |_| 0, cancel)
+}
+
+/// Data that lie in memory and, most of them, in no cache of a processor: 512 MiB on huge pages, no two of which are alike.
+#[derive(Debug)]
+pub struct Data(Arc<ConstantSupply>);
+
+impl Data {
+    /// Makes them.
+    ///
+    /// # Errors
+    /// [`Kind::Io`](crate::Kind::Io) where the memory cannot be mapped.
+    pub fn new() -> Result<Data> {
+        let supply = ConstantSupply::of(DATA_HUGE_PAGES)
+            .map_err(|error| Error::io("cannot map half a GiB of huge pages", error))?;
+        Ok(Data(Arc::new(supply)))
+    }
+
+    /// How much memory they take, in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        (DATA_HUGE_PAGES * HUGE_PAGE) as u64
+    }
+}
+
+/// As [`write_fresh`], of data that come out of the memory.
+///
+/// # Errors
+/// As there.
+pub fn write_data(path: &Path, bytes: u64, data: &Data, cancel: &Cancel) -> Result<Duration> {
+    write_supply(path, bytes, data.0.clone(), |at| at, cancel)
+}
+
+fn write_supply(
+    path: &Path,
+    bytes: u64,
+    supply: Arc<ConstantSupply>,
+    source: impl Fn(u64) -> u64,
+    cancel: &Cancel,
+) -> Result<Duration> {
     let started = Instant::now();
     let options = DraftOptions { overwrite: true, direct: DirectChoice::Auto, ..DraftOptions::default() };
     let mut draft = Draft::create(path, options)?;
     draft.set_len(bytes)?;
     let align = draft.direct_io().alignment();
-    run(draft.lane_target()?, constant, align, bytes, |_| 0, cancel)?;
+    run(draft.lane_target()?, supply, align, bytes, source, cancel)?;
     draft.publish()?;
     Ok(started.elapsed())
 }
@@ -167,6 +209,13 @@ mod tests {
             let first = (i % (PIECE / GRAIN)) * GRAIN;
             assert_eq!(page, &written[first..first + page.len()], "page {i:#x}");
         }
+
+        write_data(&path, ODD, &Data::new().unwrap(), &cancel).unwrap();
+        let written = std::fs::read(&path).unwrap();
+        assert_eq!(written.len() as u64, ODD);
+        let mut pages: Vec<_> = written.chunks(GRAIN).collect();
+        pages.sort_unstable();
+        assert!(pages.windows(2).all(|two| two[0] != two[1]), "no two pages are alike");
 
         std::fs::write(&path, vec![0; ODD as usize]).unwrap();
         overwrite(&path, &cancel).unwrap();

@@ -18,8 +18,9 @@ use crate::{Error, Result};
 /// How many bytes of records come together before they are written.
 const WRITE_LEN: usize = 1 << 20;
 /// How many threads read pages and make their records: each waits for one request at a time. Where nothing is waited
-/// for, there are no more of them than processors.
-const MAKERS: usize = 3;
+/// for, there are no more of them than processors. On a disk that writes at the same time six are 3 % faster than three, and
+/// twelve 3 % more, for 12 MiB.
+const MAKERS: usize = 6;
 /// How many pages are read at once where they are copied: their bytes are still in the processor's cache when they are
 /// copied into the records.
 const COPIED_PAGES: usize = 32;
