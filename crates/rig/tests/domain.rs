@@ -9,8 +9,8 @@ use rustix::fs::statvfs;
 use vmstate::libvirt::{Connection, DomainName, GivingUp, LibvirtUri, PayloadFormat};
 use vmstate::net::QmpAddress;
 use vmstate::{
-    Cancel, DomainRestoreSettings, Error, Kind, Observer, Record, ResumeSettings, SaveFormat, SaveReport,
-    SaveSettings, Then, Unobserved, Via,
+    Cancel, DirectIo, DomainRestoreSettings, Error, Kind, Observer, Record, ResumeSettings, SaveFormat,
+    SaveReport, SaveSettings, Then, Unobserved, Via,
 };
 use vmstate_rig::{DomainSpec, Hook, Libvirtd};
 use wire::libvirt::Head;
@@ -126,7 +126,7 @@ fn libvirt_restores_a_domain_for_us_in_the_state_that_is_asked_for() {
         image: image.clone(),
         xml: None,
         record,
-        bypass_cache: false,
+        direct_io: DirectIo::Auto,
         channels,
         reset_nvram: false,
     };
@@ -167,7 +167,7 @@ fn libvirt_restores_a_domain_for_us_by_another_xml_and_with_every_flag() {
             image: image.clone(),
             xml: Some(xml),
             record: Record::AsItWas,
-            bypass_cache: true,
+            direct_io: DirectIo::On,
             channels,
             reset_nvram: true,
         };

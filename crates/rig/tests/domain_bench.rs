@@ -84,7 +84,7 @@ fn every_way_has_its_row_and_the_domain_goes_on() {
             "virsh restore, sparse",
             "virsh restore, sparse, 2 channels",
             "virsh restore, sparse, 2 channels, bypass-cache",
-            "vmstate restore --domain, 2 channels",
+            "vmstate restore --domain",
             "vmstate restore -- QEMU",
         ]
     );

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde_json::{Map, json};
 use vmstate::{
-    DirectIo, DomainRestoreSettings, Error, FaultReport, Kind, Mode, RestoreReport, RestoreSettings,
-    TakeUpSettings, Target, Via,
+    DomainRestoreSettings, Error, FaultReport, Kind, Mode, RestoreReport, RestoreSettings, TakeUpSettings,
+    Target, Via,
 };
 
 use super::Outcome;
@@ -26,7 +26,7 @@ fn by_libvirt(args: Restore) -> vmstate::Result<Outcome> {
         image: args.image,
         xml: args.domain_args.xml.map(read).transpose()?,
         record: args.record.choice(),
-        bypass_cache: args.direct_io.choice() == DirectIo::On,
+        direct_io: args.direct_io.choice(),
         channels: args.channels,
         reset_nvram: args.domain_args.reset_nvram,
     };
@@ -39,6 +39,7 @@ fn by_libvirt(args: Restore) -> vmstate::Result<Outcome> {
             "mode": "eager",
             "via": "libvirt",
             "domain": report.domain,
+            "direct_io": report.direct_io,
             "duration_ms": ms(report.duration),
         }));
     } else {

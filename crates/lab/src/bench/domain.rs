@@ -18,7 +18,7 @@ use serde::Serialize;
 use vmstate::libvirt::{Connection, DomainName, GivingUp, LibvirtUri};
 use vmstate::net::QmpAddress;
 use vmstate::{
-    Cancel, DomainRestoreSettings, Error, Kind, Mode, Record, RestoreSettings, Result, SaveReport,
+    Cancel, DirectIo, DomainRestoreSettings, Error, Kind, Mode, Record, RestoreSettings, Result, SaveReport,
     SaveSettings, Target, Then, Unobserved,
 };
 
@@ -41,7 +41,7 @@ pub struct DomainBenchSettings {
     pub name: DomainName,
     /// A QEMU command that the domain's images can be restored into without libvirt; empty leaves that out.
     pub command: Vec<OsString>,
-    /// How many channels `virsh` and vmstate are told to use, where they use several.
+    /// How many channels `virsh` is told to use, where it uses several.
     pub channels: u16,
     /// The directory for the images, which libvirt's QEMU can read.
     pub directory: PathBuf,
@@ -210,7 +210,7 @@ impl Bench<'_> {
             (Job::Restore, Way::SparseDirect) => {
                 &format!("virsh restore, sparse, {channels} channels, bypass-cache")
             }
-            (Job::Restore, Way::Ours) => &format!("vmstate restore --domain, {channels} channels"),
+            (Job::Restore, Way::Ours) => "vmstate restore --domain",
             (Job::Restore, Way::OursAlone) => "vmstate restore -- QEMU",
         };
         all.to_owned()
@@ -317,8 +317,8 @@ impl Bench<'_> {
                     image: image.to_owned(),
                     xml: None,
                     record: Record::Paused,
-                    bypass_cache: false,
-                    channels: Some(self.settings.channels),
+                    direct_io: DirectIo::Auto,
+                    channels: None,
                     reset_nvram: false,
                 };
                 vmstate::restore_domain(&settings, self.cancel, &Unobserved).map(drop)
