@@ -37,10 +37,14 @@ impl Session {
     /// # Errors
     /// As every QMP command.
     pub fn cancel_migration(&mut self) -> Result<MigrationInfo> {
-        let held_back = self.writes_by_channels()? && self.hold_back()?;
+        let held_back = match self.writes_by_channels() {
+            Ok(true) => self.hold_back(),
+            other => other,
+        };
+        // Cancelled in any case: a guest that goes on is not to be migrated.
         self.client.migrate_cancel()?;
         let ended = self.await_cancelled()?;
-        if held_back {
+        if held_back? {
             self.let_go_on()?;
         }
         Ok(ended)
