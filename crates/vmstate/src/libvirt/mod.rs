@@ -10,6 +10,7 @@
 
 mod connection;
 mod domain;
+mod lines;
 mod monitor;
 mod place;
 mod uri;

@@ -4,7 +4,6 @@
 //! descriptors; events come back the same way. libvirt keeps its own account of a domain, so what changes it goes by
 //! libvirt's own calls: `stop` is a suspend, `cont` a resume, `quit` a destroy.
 
-use std::collections::VecDeque;
 use std::io::{IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,6 +19,7 @@ use wire::libvirt_rpc::format::{VIR_ERR_NO_DOMAIN, VIR_ERR_OPERATION_INVALID};
 use wire::libvirt_rpc::{Arguments, Domain, MonitorEvent, Procedure, decode_string};
 
 use super::connection::Failure;
+use super::lines::Lines;
 use super::{Connection, DomainName, GivingUp, LibvirtUri};
 use crate::{Error, Kind, Result};
 
@@ -64,10 +64,8 @@ struct Served {
     /// `None` while the daemon is away.
     connection: Option<Connection>,
     client: UnixStream,
-    /// What has come of the next line.
-    line: Vec<u8>,
-    /// Descriptors that came with it.
-    fds: VecDeque<OwnedFd>,
+    /// What it has said and is not answered yet.
+    lines: Lines,
 }
 
 /// The end of a monitor: its client or its domain is gone.
@@ -75,8 +73,7 @@ struct Over;
 
 impl Served {
     fn open(uri: LibvirtUri, domain: Domain, client: UnixStream) -> Result<Served> {
-        let mut served =
-            Served { uri, domain, connection: None, client, line: Vec::new(), fds: VecDeque::new() };
+        let mut served = Served { uri, domain, connection: None, client, lines: Lines::default() };
         served.connect()?;
         let version = served.ask("query-version")?;
         let greeting = json!({ "QMP": { "version": version, "capabilities": [] } });
@@ -155,10 +152,7 @@ impl Served {
         self.pass_events()?;
         if from_client {
             self.receive()?;
-            while let Some(end) = self.line.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.line.drain(..=end).collect();
-                // What is received at once ends with the descriptors in it, so they came with the last of these lines.
-                let fds = if self.line.is_empty() { self.fds.drain(..).collect() } else { Vec::new() };
+            while let Some((line, fds)) = self.lines.next() {
                 self.answer(&line, fds)?;
             }
         }
@@ -201,15 +195,16 @@ impl Served {
             Err(Errno::INTR) => return Ok(()),
             Err(_) => return Err(Over),
         };
+        let mut fds = Vec::new();
         for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = message {
-                self.fds.extend(fds);
+            if let RecvAncillaryMessage::ScmRights(passed) = message {
+                fds.extend(passed);
             }
         }
-        if received == 0 || self.line.len() + received > LINE_LEN_MAX {
+        if received == 0 || self.lines.len() + received > LINE_LEN_MAX {
             return Err(Over);
         }
-        self.line.extend_from_slice(&chunk[..received]);
+        self.lines.push(&chunk[..received], fds);
         Ok(())
     }
 
