@@ -10,6 +10,8 @@ use super::{BenchSettings, Machine};
 
 /// What everything takes beside the guests' memory, in MiB.
 const MARGIN_MIB: u64 = 256;
+/// What a ceiling's data take beside a guest: [`Data`](vmstate::job::ceiling::Data).
+const DATA_MIB: u64 = 512;
 /// How many files as large as a guest lie in the directory at once: three images and the ceiling's.
 const FILES: u64 = 4;
 
@@ -87,7 +89,8 @@ impl Room {
             );
         }
         // A guest, or the memory that a ceiling fills; and the images, where those lie in memory.
-        let needed = memory_mib + MARGIN_MIB + if self.is_in_memory() { files_mib } else { memory_mib / 4 };
+        let needed =
+            memory_mib + MARGIN_MIB + DATA_MIB + if self.is_in_memory() { files_mib } else { memory_mib / 4 };
         if self.memory_mib < needed {
             let clause =
                 format!("this machine has {} MiB of memory left, {needed} are needed", self.memory_mib);
@@ -152,14 +155,14 @@ mod tests {
         let memory =
             |has, needs| Err(format!("this machine has {has} MiB of memory left, {needs} are needed"));
         for (room, expected) in [
-            (room(4352, "ext4", 1536), Ok(())),
+            (room(4352, "ext4", 2048), Ok(())),
             (
-                room(4351, "ext4", 1536),
+                room(4351, "ext4", 2048),
                 Err("/images has 4351 MiB left, and images of 1024 MiB take 4352".to_owned()),
             ),
-            (room(4352, "ext4", 1535), memory(1535, 1536)),
-            (room(9999, "tmpfs", 5631), memory(5631, 5632)),
-            (room(9999, "tmpfs", 5632), Ok(())),
+            (room(4352, "ext4", 2047), memory(2047, 2048)),
+            (room(9999, "tmpfs", 6143), memory(6143, 6144)),
+            (room(9999, "tmpfs", 6144), Ok(())),
         ] {
             assert_eq!(room.check(&settings).map_err(|error| error.to_string()), expected, "{room:?}");
             assert!(!room.has_shared(1024), "a container's /dev/shm");
