@@ -133,6 +133,17 @@ fn seeds_are_cut_from_the_goldens() {
     }
 }
 
+/// libFuzzer ends where a folder that it is given does not exist.
+#[test]
+fn every_target_has_seeds() {
+    let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz");
+    for target in std::fs::read_dir(fuzz.join("fuzz_targets")).unwrap() {
+        let name = target.unwrap().path().file_stem().unwrap().to_owned();
+        let seeds = std::fs::read_dir(fuzz.join("seeds").join(&name));
+        assert!(seeds.is_ok_and(|mut seeds| seeds.next().is_some()), "{}", name.display());
+    }
+}
+
 #[test]
 fn every_seed_passes_its_target() {
     for (target, _, bytes) in seeds() {

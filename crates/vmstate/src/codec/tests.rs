@@ -179,6 +179,21 @@ fn any_bytes_are_taken_without_a_panic() {
     }
 }
 
+/// What fuzzing begins with: 24 times a thousand like bytes and a line, by the stock programs (`-n -9`, `-9`, `-9`, `-9`,
+/// `-19`), behind the byte that chooses the codec.
+#[test]
+fn the_seeds_of_the_fuzz_target_are_whole_files() {
+    let seeds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/decompress");
+    let page = |i: u8| [&[i % 7; 1000][..], format!("QEVM page {i}\n").as_bytes()].concat();
+    let expected: Vec<u8> = (0..24).flat_map(page).collect();
+    for (choice, codec) in Codec::ALL.into_iter().enumerate() {
+        let seed = std::fs::read(seeds.join(codec.name())).unwrap();
+        assert_eq!(usize::from(seed[0]), choice, "{codec:?}");
+        assert!(decompress(codec, &seed[1..], 1).unwrap() == expected, "{codec:?}");
+        fuzz::decompress(&seed);
+    }
+}
+
 #[test]
 fn the_end_is_that_of_the_range_and_not_of_the_file() {
     let mut file: File = tempfile::tempfile().unwrap();
