@@ -79,6 +79,7 @@ pub(super) fn carry(
         Err(error) if error.kind() == Kind::Unsupported => None,
         Err(error) => return Err(error),
     };
+    session.process = peer.as_ref().map(|peer| peer.pid());
 
     watch.phase("stop");
     let stopped_at = Instant::now();

@@ -13,12 +13,20 @@ const BANDWIDTH: &str = "max-bandwidth";
 /// The least of it, in bytes per second, of which a tenth, what QEMU grants itself at a time, is not zero: that would be no
 /// limit (migration/migration-stats.c:migration_rate_set, QEMU 10.0).
 const HELD_BACK_BANDWIDTH: u64 = 10;
+/// The parameter that says who looks for zero pages. Those have no part in the bandwidth: a migration that finds many goes on for
+/// 50 ms of each 100 (`MAX_WAIT` of migration/ram.c), and one that looks for none stops after the first it has sent. What it
+/// writes is removed.
+const ZERO_PAGES: &str = "zero-page-detection";
 /// How often a migration that is held back is looked at, and for how long it then has to stand still. It goes on every
-/// 100 ms (`BUFFER_DELAY`), for 50 ms at the most (`MAX_WAIT` of migration/ram.c).
+/// 100 ms (`BUFFER_DELAY`); what is left of them is the time in which a cancel has to arrive.
 const QUIET_INTERVAL: Duration = Duration::from_millis(4);
 const QUIET_TIME: Duration = Duration::from_millis(30);
 /// How long it stands still where it does not go on at all: its disk hangs, and so do its channels.
 const STUCK_TIME: Duration = Duration::from_millis(250);
+
+/// How long threads of QEMU may be busy that are waited for besides, where they can be seen: somebody may have resumed the
+/// guest.
+const BUSY_TIME_MAX: Duration = Duration::from_secs(2);
 
 impl Session {
     /// Cancels the migration, if QEMU has not refused it: then there may be another's.
@@ -39,14 +47,12 @@ impl Session {
     pub fn cancel_migration(&mut self) -> Result<MigrationInfo> {
         let held_back = match self.writes_by_channels() {
             Ok(true) => self.hold_back(),
-            other => other,
+            other => other.map(|_| Vec::new()),
         };
         // Cancelled in any case: a guest that goes on is not to be migrated.
         self.client.migrate_cancel()?;
         let ended = self.await_cancelled()?;
-        if held_back? {
-            self.let_go_on()?;
-        }
+        self.let_go_on(&held_back?)?;
         Ok(ended)
     }
 
@@ -85,47 +91,73 @@ impl Session {
         Ok(is_on("mapped-ram") && is_on("multifd"))
     }
 
-    /// Slows the migration down and waits until its channels have nothing to do, or until it has ended. Returns whether the
-    /// limit that it had is to be put back at once; otherwise it was ours, and the one that was found is.
+    /// Slows the migration down and waits until its channels have nothing to do, or until it has ended. Returns the names of
+    /// the parameters that are to be put back at once; the others were ours, and the end of the session puts back what it
+    /// found.
     ///
     /// QEMU frees the bitmap of a mapped-ram image when its migration thread has ended, and ends the channels after that
     /// (migration/migration.c:migration_cleanup, QEMU 9.0 to 10.0). A channel that has yet to mark the pages of its last
     /// order then marks them in no memory, and QEMU dies, and the guest with it. Of an idle guest on a busy host one cancel
     /// in ten came to that.
-    fn hold_back(&mut self) -> Result<bool> {
-        let is_ours = self.parameters_found.contains_key(BANDWIDTH);
-        if !is_ours {
-            let Some(found) = self.client.parameters()?.remove(BANDWIDTH) else { return Ok(false) };
-            self.parameters_found.insert(BANDWIDTH.to_owned(), found);
-            // Whoever is killed meanwhile leaves it to the next to put it back.
+    fn hold_back(&mut self) -> Result<Vec<&'static str>> {
+        let now = self.client.parameters()?;
+        let (mut changes, mut foreign) = (Map::new(), Vec::new());
+        for (name, value) in [(BANDWIDTH, json!(HELD_BACK_BANDWIDTH)), (ZERO_PAGES, json!("none"))] {
+            let Some(found) = now.get(name) else { continue };
+            changes.insert(name.to_owned(), value);
+            if !self.parameters_found.contains_key(name) {
+                self.parameters_found.insert(name.to_owned(), found.clone());
+                foreign.push(name);
+            }
+        }
+        if !foreign.is_empty() {
+            // Whoever is killed meanwhile leaves them to the next to put them back.
             self.write_down()?;
         }
-        self.set_bandwidth(json!(HELD_BACK_BANDWIDTH))?;
+        self.client.set_parameters(changes)?;
         let deadline = Instant::now() + self.client.timeout.unwrap_or(SETTLE_TIMEOUT);
+        let patience = Instant::now() + BUSY_TIME_MAX;
         let mut quiet = Quiet::since(Instant::now());
         loop {
             let info = self.client.migration()?;
             let now = Instant::now();
-            if !info.is_under_way() || quiet.is_reached(info.ram, now) || now >= deadline {
-                return Ok(!is_ours);
+            let is_quiet = || now >= patience || !self.process.is_some_and(has_busy_threads);
+            if !info.is_under_way() || quiet.is_reached(info.ram, now) && is_quiet() || now >= deadline {
+                return Ok(foreign);
             }
             self.client.next_event(Some(now + QUIET_INTERVAL))?;
         }
     }
 
-    /// Puts the limit back that a migration had before it was held back.
-    fn let_go_on(&mut self) -> Result<()> {
-        if let Some(found) = self.parameters_found.get(BANDWIDTH).cloned() {
-            self.set_bandwidth(found)?;
-            self.parameters_found.remove(BANDWIDTH);
-            self.write_down()?;
+    /// Puts parameters back that a migration had before it was held back.
+    fn let_go_on(&mut self, names: &[&'static str]) -> Result<()> {
+        let found = names
+            .iter()
+            .filter_map(|name| Some(((*name).to_owned(), self.parameters_found.get(*name)?.clone())));
+        let found: Map<String, Value> = found.collect();
+        if found.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        self.client.set_parameters(found)?;
+        for name in names {
+            self.parameters_found.remove(*name);
+        }
+        self.write_down()
     }
+}
 
-    fn set_bandwidth(&mut self, bytes_per_s: Value) -> Result<()> {
-        self.client.set_parameters(Map::from_iter([(BANDWIDTH.to_owned(), bytes_per_s)]))
-    }
+/// Whether a thread of a process runs, or waits for a processor: one that has been given something to do and has not begun
+/// with it, on a busy host, is not told from one that has nothing to do by what QEMU tells. Nothing is known of a process
+/// that cannot be looked into.
+fn has_busy_threads(pid: u32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    let stats = threads.flatten().filter_map(|thread| std::fs::read(thread.path().join("stat")).ok());
+    // The state stands behind the name, which may have any bytes (proc_pid_stat(5)).
+    let mut states = stats.filter_map(|stat| {
+        let name_end = stat.iter().rposition(|byte| *byte == b')')?;
+        stat.get(name_end + 2).copied()
+    });
+    states.any(|state| state == b'R')
 }
 
 /// When a migration that is held back stands still.
@@ -155,6 +187,22 @@ impl Quiet {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_runs_is_busy_and_one_that_waits_is_not() {
+        // The one that asks runs.
+        assert!(has_busy_threads(std::process::id()));
+        let mut cat = std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        // It runs until it waits for its input.
+        while has_busy_threads(cat.id()) {
+            assert!(Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        drop(cat.stdin.take());
+        cat.wait().unwrap();
+        assert!(!has_busy_threads(cat.id()), "it has gone");
+    }
 
     #[test]
     fn a_migration_that_is_held_back_stands_still_when_it_has_not_moved_for_a_while() {

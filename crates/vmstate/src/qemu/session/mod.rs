@@ -61,6 +61,8 @@ pub struct Session {
     /// How many calls have added such descriptors and were not undone: the answer that names a set can be cut short.
     fdsets_owed: usize,
     named_fds: Vec<String>,
+    /// QEMU's process, where it is known and of this host.
+    pub(crate) process: Option<u32>,
     migrating: bool,
     /// The question to migrate, until it is known whether QEMU does.
     migrate_asked: Option<Begun>,
@@ -159,6 +161,7 @@ impl Session {
             mark: mark(&Saver::this(), number),
             fdsets_owed: 0,
             named_fds: Vec::new(),
+            process: None,
             migrating: false,
             migrate_asked: None,
             held: Vec::new(),
