@@ -66,11 +66,7 @@ impl Error {
     pub fn io(clause: impl Into<String>, source: impl Into<std::io::Error>) -> Error {
         let source = source.into();
         let hint = room_hint(&source);
-        let error = Error::new(Kind::Io, clause).because(source);
-        match hint {
-            Some(hint) => error.hint(hint),
-            None => error,
-        }
+        Error::new(Kind::Io, clause).because(source).hint_if(hint)
     }
 
     /// The error of ours that was put into one of the system's on its way through a reader or writer; the system's
@@ -116,6 +112,13 @@ impl Error {
     pub fn hint(mut self, hint: impl Into<String>) -> Error {
         self.0.hint = Some(hint.into());
         self
+    }
+
+    fn hint_if(self, hint: Option<&'static str>) -> Error {
+        match hint {
+            Some(hint) => self.hint(hint),
+            None => self,
+        }
     }
 
     /// Whose fault it is.
@@ -199,11 +202,7 @@ impl From<io::LaneError> for Error {
             return Error::interrupted();
         }
         let hint = system_error(&error).and_then(room_hint);
-        let error = Error::new(Kind::Io, "the guest's memory could not be written").because(error);
-        match hint {
-            Some(hint) => error.hint(hint),
-            None => error,
-        }
+        Error::new(Kind::Io, "the guest's memory could not be written").because(error).hint_if(hint)
     }
 }
 
@@ -219,11 +218,7 @@ impl From<io::OutflowError> for Error {
             error => error,
         };
         let hint = system_error(&error).and_then(room_hint);
-        let error = Error::new(Kind::Io, "the stream could not be written").because(error);
-        match hint {
-            Some(hint) => error.hint(hint),
-            None => error,
-        }
+        Error::new(Kind::Io, "the stream could not be written").because(error).hint_if(hint)
     }
 }
 

@@ -98,7 +98,7 @@ impl Session {
     /// QEMU frees the bitmap of a mapped-ram image when its migration thread has ended, and ends the channels after that
     /// (migration/migration.c:migration_cleanup, QEMU 9.0 to 10.0). A channel that has yet to mark the pages of its last
     /// order then marks them in no memory, and QEMU dies, and the guest with it. Of an idle guest on a busy host one cancel
-    /// in ten came to that.
+    /// in ten came to that (docs/guide/troubleshoot.md).
     fn hold_back(&mut self) -> Result<Vec<&'static str>> {
         let now = self.client.parameters()?;
         let (mut changes, mut foreign) = (Map::new(), Vec::new());
@@ -190,18 +190,27 @@ mod tests {
 
     #[test]
     fn a_thread_that_runs_is_busy_and_one_that_waits_is_not() {
-        // The one that asks runs.
-        assert!(has_busy_threads(std::process::id()));
-        let mut cat = std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let start = |program: &str, args: &[&str]| {
+            let mut command = std::process::Command::new(program);
+            command.args(args).stdin(std::process::Stdio::piped()).spawn().unwrap()
+        };
         let deadline = Instant::now() + Duration::from_secs(20);
-        // It runs until it waits for its input.
-        while has_busy_threads(cat.id()) {
-            assert!(Instant::now() < deadline);
-            std::thread::yield_now();
+        let mut becomes = |pid, busy| {
+            while has_busy_threads(pid) != busy {
+                assert!(Instant::now() < deadline, "{busy}");
+                std::thread::yield_now();
+            }
+        };
+        let (mut runs, mut waits) = (start("sh", &["-c", "while :; do :; done"]), start("cat", &[]));
+        // Each has to come so far first.
+        becomes(waits.id(), false);
+        becomes(runs.id(), true);
+        runs.kill().unwrap();
+        drop(waits.stdin.take());
+        for mut child in [runs, waits] {
+            child.wait().unwrap();
+            assert!(!has_busy_threads(child.id()), "it has gone");
         }
-        drop(cat.stdin.take());
-        cat.wait().unwrap();
-        assert!(!has_busy_threads(cat.id()), "it has gone");
     }
 
     #[test]
