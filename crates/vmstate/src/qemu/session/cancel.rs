@@ -188,29 +188,47 @@ impl Quiet {
 mod tests {
     use super::*;
 
+    /// A program that ends with the test, however the test ends.
+    struct Program(std::process::Child);
+
+    impl Program {
+        fn start(program: &str, args: &[&str]) -> Program {
+            let mut command = std::process::Command::new(program);
+            Program(command.args(args).stdin(std::process::Stdio::piped()).spawn().unwrap())
+        }
+
+        /// Kills it and waits for its end: whether a thread of it is busy after that.
+        fn end(mut self) -> bool {
+            self.0.kill().unwrap();
+            self.0.wait().unwrap();
+            has_busy_threads(self.0.id())
+        }
+    }
+
+    impl Drop for Program {
+        fn drop(&mut self) {
+            // It may have ended already.
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
     #[test]
     fn a_thread_that_runs_is_busy_and_one_that_waits_is_not() {
-        let start = |program: &str, args: &[&str]| {
-            let mut command = std::process::Command::new(program);
-            command.args(args).stdin(std::process::Stdio::piped()).spawn().unwrap()
-        };
         let deadline = Instant::now() + Duration::from_secs(20);
-        let mut becomes = |pid, busy| {
-            while has_busy_threads(pid) != busy {
+        let becomes = |program: &Program, busy| {
+            while has_busy_threads(program.0.id()) != busy {
                 assert!(Instant::now() < deadline, "{busy}");
                 std::thread::yield_now();
             }
         };
-        let (mut runs, mut waits) = (start("sh", &["-c", "while :; do :; done"]), start("cat", &[]));
+        let runs = Program::start("sh", &["-c", "while :; do :; done"]);
+        let waits = Program::start("cat", &[]);
         // Each has to come so far first.
-        becomes(waits.id(), false);
-        becomes(runs.id(), true);
-        runs.kill().unwrap();
-        drop(waits.stdin.take());
-        for mut child in [runs, waits] {
-            child.wait().unwrap();
-            assert!(!has_busy_threads(child.id()), "it has gone");
-        }
+        becomes(&waits, false);
+        becomes(&runs, true);
+        assert!(!runs.end(), "it has gone");
+        assert!(!waits.end(), "it has gone");
     }
 
     #[test]
