@@ -12,6 +12,8 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::file::Medium;
 use crate::guest_ram::{GuestRam, Reach};
+use crate::populated::Populated;
+use crate::remote::write_by_kernel;
 
 /// The file of a shared block, open for writing. What is written there is the guest's memory at once.
 #[derive(Debug)]
@@ -23,18 +25,29 @@ pub struct Fillable {
     length: u64,
     /// The size of its huge pages, if it is on such.
     huge_bytes: Option<u64>,
+    /// Its process, if that has most of the pages already.
+    populated: Option<Populated>,
 }
 
 impl Fillable {
+    /// Whether its process has most of its pages already, none of them huge.
+    pub fn is_populated(&self) -> bool {
+        self.populated.is_some()
+    }
+
     /// The block as what lanes write to, by offsets in its file. Huge pages are memory of ours as well, into which
-    /// lanes read at once what comes from a file.
+    /// lanes read at once what comes from a file; pages that the process has already are written through it.
     ///
     /// # Errors
     /// What the system said.
     pub fn lane_target(&self) -> io::Result<LaneTarget> {
-        match self.huge_bytes {
-            None => Ok(LaneTarget::files(None, self.file.try_clone()?)),
-            Some(huge_bytes) => {
+        match (self.huge_bytes, &self.populated) {
+            (None, None) => Ok(LaneTarget::files(None, self.file.try_clone()?)),
+            (None, Some(populated)) => {
+                let through = populated.clone().over(self.file.try_clone()?, self.offset);
+                Ok(LaneTarget { direct: None, buffered: Box::new(through), memory: None })
+            }
+            (Some(huge_bytes), _) => {
                 let mapped = Mapped::new(&self.file, self.offset, self.length.next_multiple_of(huge_bytes))?;
                 let mapped = Arc::new(mapped);
                 let memory: Box<dyn LaneMemory> = Box::new(mapped.clone());
@@ -72,7 +85,12 @@ impl GuestRam {
         let mode = if huge_bytes.is_some() { OFlags::RDWR } else { OFlags::WRONLY };
         let file = open(path, mode | OFlags::CLOEXEC, Mode::empty())?;
         let block = self.block(region);
-        Ok(Some(Fillable { file: File::from(file), offset, length: block.length, huge_bytes }))
+        let populated = match backing.medium() {
+            Medium::Shmem => Populated::find(self.peer(), block),
+            // A disk's pages come and go, and those of huge pages are mapped here.
+            Medium::Disk | Medium::HugePages { .. } | Medium::Other { .. } => None,
+        };
+        Ok(Some(Fillable { file: File::from(file), offset, length: block.length, huge_bytes, populated }))
     }
 }
 
@@ -140,16 +158,10 @@ fn may_copy() -> bool {
 /// Has the kernel copy bytes within this process; how many it has copied.
 ///
 /// # Safety
-/// The source must be mapped and readable, and nobody may have a reference to the bytes of the target.
+/// As of [`write_by_kernel`].
 unsafe fn copy_by_kernel(source: *const u8, target: *mut u8, len: usize) -> io::Result<usize> {
-    let local = libc::iovec { iov_base: source.cast_mut().cast(), iov_len: len };
-    let remote = libc::iovec { iov_base: target.cast(), iov_len: len };
-    // Linux numbers processes below 2^22.
-    let this = std::process::id() as libc::pid_t;
-    // SAFETY: both vectors have one element; what they name is the caller's promise, and an address that cannot be
-    // reached is an error.
-    let copied = unsafe { libc::process_vm_writev(this, &local, 1, &remote, 1, 0) };
-    usize::try_from(copied).map_err(|_| io::Error::last_os_error())
+    // SAFETY: the caller's promise is the one asked for.
+    unsafe { write_by_kernel(std::process::id(), source, target, len) }
 }
 
 #[cfg(test)]

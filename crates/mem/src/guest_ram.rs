@@ -221,6 +221,15 @@ impl GuestRam {
         Ok(Windows::new(runs, *page_size, block.length))
     }
 
+    /// The windows of all of a region, in order, whether its pages are there or not.
+    ///
+    /// # Panics
+    /// When there is no such region.
+    pub fn whole(&self, region: usize) -> impl Iterator<Item = io::Result<Window>> + Send + use<> {
+        let Region { block, page_size, .. } = &self.regions[region];
+        Windows::new(std::iter::once(Ok(0..block.length)), *page_size, block.length)
+    }
+
     /// The piece for a lane that a window of a region is, where the region's page 0 goes to the file offset
     /// `pages_offset`.
     ///

@@ -48,6 +48,7 @@ mod obstacles;
 mod outlook;
 mod pagemap;
 mod peer;
+mod populated;
 mod presence;
 mod private_file;
 mod recorded;

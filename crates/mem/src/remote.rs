@@ -1,4 +1,4 @@
-//! Copies out of another process's memory.
+//! Copies out of another process's memory, and into it.
 
 use std::io;
 
@@ -52,6 +52,53 @@ pub(crate) unsafe fn read_spans(peer: &Peer, spans: &[RemoteSpan]) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// Copies bytes into the memory of another process, and says how many: fewer where an address cannot be written.
+///
+/// # Errors
+/// That the process has ended, or what the system said.
+///
+/// # Safety
+/// `local..local + len` must be mapped and readable during the call. The bytes may change meanwhile.
+pub(crate) unsafe fn write_span(
+    peer: &Peer,
+    local: *const u8,
+    address: u64,
+    len: usize,
+) -> io::Result<usize> {
+    // The call knows a process by its number, which another may be given when it has ended: not within the next
+    // microseconds, in which all the others would have to be used up first.
+    if !peer.is_alive() {
+        return Err(rustix::io::Errno::SRCH.into());
+    }
+    let address = usize::try_from(address).unwrap_or(usize::MAX);
+    // SAFETY: the caller's promise. The other process's address is a number here; the kernel alone looks behind it.
+    unsafe { write_by_kernel(peer.pid(), local, std::ptr::without_provenance_mut(address), len) }
+}
+
+/// Has the kernel copy bytes into the memory of a process; how many it has copied.
+///
+/// # Errors
+/// What the system said.
+///
+/// # Safety
+/// The source must be mapped and readable, and where the process is this one, nobody may have a reference to the bytes of
+/// the target.
+pub(crate) unsafe fn write_by_kernel(
+    pid: u32,
+    source: *const u8,
+    target: *mut u8,
+    len: usize,
+) -> io::Result<usize> {
+    let local = libc::iovec { iov_base: source.cast_mut().cast(), iov_len: len };
+    let remote = libc::iovec { iov_base: target.cast(), iov_len: len };
+    // Linux numbers processes below 2^22.
+    let pid = pid as libc::pid_t;
+    // SAFETY: both vectors have one element; what they name is the caller's promise, and an address that cannot be
+    // reached is an error.
+    let copied = unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) };
+    usize::try_from(copied).map_err(|_| io::Error::last_os_error())
 }
 
 /// What is left of a batch of spans.

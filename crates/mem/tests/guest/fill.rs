@@ -239,3 +239,85 @@ fn huge_pages_that_are_cut_off_are_an_error_and_no_signal() {
         }
     }
 }
+
+/// Has the file of a block refuse writes from now on; what was mapped before can still be written.
+fn seal(shared: &Shared) {
+    let file = File::options().write(true).open(&shared.path).expect("the file");
+    rustix::fs::fcntl_add_seals(&file, rustix::fs::SealFlags::FUTURE_WRITE).expect("a memfd");
+}
+
+/// Checks that the taken pages are those of the image, and that the others are what they were: something up to `there`,
+/// and nothing behind it.
+fn check_filled(ram: &GuestRam, bytes: &[u8], there: u64, name: &str) {
+    let taken = page_set(LENGTH / PAGE, &TAKEN);
+    for (page, now) in content(ram).chunks(PAGE as usize).enumerate() {
+        let at = page * PAGE as usize;
+        let before = if at as u64 >= there { 0 } else { 0x5a };
+        let is_right = match is_in(&taken, page) {
+            true => now == &bytes[at..][..PAGE as usize],
+            false => now.iter().all(|byte| *byte == before),
+        };
+        assert!(is_right, "{name}: page {page:#x}");
+    }
+}
+
+#[test]
+fn pages_that_the_process_has_are_written_through_it_and_others_through_the_file() {
+    let bytes: Vec<u8> = (0..LENGTH as usize).map(|i| (i / 4096 * 3 + i) as u8 | 1).collect();
+    let taken = page_set(LENGTH / PAGE, &TAKEN);
+    let file = image(&bytes, MIB);
+    // Where no more than a part is there, the file is used, which refuses.
+    for (there, is_through_process) in
+        [(LENGTH, true), (LENGTH - MIB, true), (LENGTH / 2, false), (PAGE, false)]
+    {
+        for engine in engines() {
+            let name = format!("{engine:?}, {there:#x} bytes are there");
+            let mut shared = Shared::new("memfd");
+            shared.process.fill(shared.memory, 0, there, 0x5a);
+            let (ram, fillable) = shared.attach();
+            seal(&shared);
+            let pieces = pieces_of(&ram, &taken, fillable.offset);
+            let (supply, _) = supply(&file, MIB, DirectChoice::Auto);
+            let (ended, counters) = run(target_of(&fillable), supply, engine, &pieces);
+            if is_through_process {
+                ended.unwrap_or_else(|error| panic!("{name}: {error}"));
+                check_filled(&ram, &bytes, there, &name);
+                let taken_bytes: u64 = taken.runs().map(|run| (run.end.0 - run.start.0) * PAGE).sum();
+                assert_eq!(counters.bytes_written, taken_bytes, "{name}");
+            } else {
+                let Err(LaneError::Write { source, .. }) = &ended else { panic!("{name}: {ended:?}") };
+                assert_eq!(source.raw_os_error(), Some(libc::EPERM), "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn where_the_process_cannot_be_written_its_file_is() {
+    let bytes: Vec<u8> = (0..LENGTH as usize).map(|i| (i / 4096 * 3 + i) as u8 | 1).collect();
+    let taken = page_set(LENGTH / PAGE, &TAKEN);
+    let file = image(&bytes, MIB);
+    for engine in engines() {
+        for hindrance in ["protect", "unmap", "ended"] {
+            let name = format!("{engine:?}, {hindrance}");
+            let mut shared = Shared::new("memfd");
+            shared.process.fill(shared.memory, 0, LENGTH, 0x5a);
+            let (ram, fillable) = shared.attach();
+            let pieces = pieces_of(&ram, &taken, fillable.offset);
+            let target = target_of(&fillable);
+            let Memory { address, length } = shared.memory;
+            match hindrance {
+                "ended" => shared.process.end(),
+                "protect" => {
+                    drop(shared.process.tell(&format!("protect {} {} 1", address + MIB, length - MIB)))
+                }
+                _ => drop(shared.process.tell(&format!("unmap {} {MIB}", address + MIB))),
+            }
+            let (supply, _) = supply(&file, MIB, DirectChoice::Auto);
+            let (ended, _) = run(target, supply, engine, &pieces);
+            ended.unwrap_or_else(|error| panic!("{name}: {error}"));
+            // It is read by its file.
+            check_filled(&ram, &bytes, LENGTH, &name);
+        }
+    }
+}

@@ -1,10 +1,11 @@
 //! Shared memory of a waiting QEMU, filled from the image through the lanes, with QEMU out of the data path.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use io::{Cancel, Counters, FileSupply, LaneError, LaneOptions, LaneSettings, ReadPair, Supply, WriteLanes};
 use mem::{Backing, BlockAddress, Fillable, GuestRam, Outlook, Residue};
-use page::PageSet;
+use page::{PageSet, Window};
 use rustix::io::Errno;
 use wire::mapped_ram::BlockPlacement;
 
@@ -106,8 +107,7 @@ impl Filling {
         for (place, found) in image.layout().blocks.iter().zip(&self.blocks) {
             if let Some(block) = found {
                 let pages = image.pages(place)?;
-                block.make_zero_beside(&pages, start)?;
-                block.fill(place, &pages, pair, start, counters)?;
+                block.make_whole(place, &pages, pair, start, counters)?;
             }
         }
         Ok(())
@@ -126,15 +126,47 @@ fn fillable(outlook: &Outlook, place: BlockAddress) -> Result<Option<Block>> {
 }
 
 impl Block {
+    /// Its pages from the image, and zero where the image has none.
+    fn make_whole(
+        &self,
+        place: &BlockPlacement,
+        pages: &PageSet,
+        pair: &ReadPair,
+        start: &Start<'_>,
+        counters: &Arc<Counters>,
+    ) -> Result<()> {
+        let is_over = AtomicBool::new(false);
+        if !self.fillable.is_populated() {
+            // What is there is asked before it is filled: afterwards all of it would be.
+            let there = self.ram.windows(0).map_err(|error| self.failed(error))?;
+            self.make_zero_beside(there, pages, start, &is_over)?;
+            return self.fill(place, pages, pair, start, counters);
+        }
+        // All of it is there. To look at that takes processors, and to fill it takes the disk.
+        std::thread::scope(|scope| {
+            let looking = scope.spawn(|| self.make_zero_beside(self.ram.whole(0), pages, start, &is_over));
+            let filled = self.fill(place, pages, pair, start, counters);
+            is_over.store(filled.is_err(), Ordering::Relaxed);
+            let looked = looking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            filled.and(looked)
+        })
+    }
+
     /// Makes zero what is there beside the image's pages, where it is not zero already. A fresh target has next to
     /// nothing there; one whose memory was populated has all of it, and a memory file may have been used before.
     ///
     /// Nothing is given back: to punch out page by page takes longer than to look, and whoever has populated the memory
-    /// would have to find it again.
-    fn make_zero_beside(&self, pages: &PageSet, start: &Start<'_>) -> Result<()> {
+    /// would have to find it again. It is left when the rest has failed.
+    fn make_zero_beside(
+        &self,
+        there: impl Iterator<Item = std::io::Result<Window>>,
+        pages: &PageSet,
+        start: &Start<'_>,
+        is_over: &AtomicBool,
+    ) -> Result<()> {
         let mut lanes = None;
-        for window in self.ram.windows(0).map_err(|error| self.failed(error))? {
-            if start.cancel.is_cancelled() {
+        for window in there {
+            if start.cancel.is_cancelled() || is_over.load(Ordering::Relaxed) {
                 return Err(Error::interrupted());
             }
             let window = beside(&window.map_err(|error| self.failed(error))?, pages);
