@@ -171,7 +171,8 @@ pub struct Restore {
     pub mode: ModeArg,
 
     /// Give the guest behind --qmp the rest of its memory, whose restore with --mode lazy broke off or was killed
-    #[arg(long, conflicts_with_all = ["mode", "via", "running", "paused", "channels", "max_bandwidth", "qemu"])]
+    #[arg(long, conflicts_with_all = ["mode", "via", "running", "paused", "channels", "direct_io", "bypass_cache", "qemu",
+                                      "qemu_log", "foreground", "domain"])]
     pub resume: bool,
 
     /// Return when the guest runs, and leave a process behind that gives it its memory and then ends (--mode lazy).
@@ -198,7 +199,8 @@ pub struct Restore {
     pub via: RestoreViaArg,
 
     /// Let libvirt restore the domain whose image this is
-    #[arg(long, conflicts_with_all = ["qmp", "qemu", "via", "mode", "force", "qemu_log", "foreground", "offset"])]
+    #[arg(long, conflicts_with_all = ["qmp", "qemu", "via", "mode", "force", "qemu_log", "foreground", "offset",
+                                      "max_bandwidth"])]
     pub domain: bool,
 
     #[command(flatten)]

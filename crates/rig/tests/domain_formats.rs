@@ -132,6 +132,27 @@ fn what_is_saved_to_libvirts_own_place_virsh_start_takes() {
     }
 }
 
+#[test]
+fn a_domain_that_libvirt_forgets_with_its_end_is_not_saved_to_where_nothing_starts_it() {
+    let libvirtd = Libvirtd::start(KEEPER);
+    let mut domain = DomainSpec::new("transient", 64 * MIB).start(&libvirtd);
+    domain.wait_for_rounds(1);
+    libvirtd.virsh(&[&"undefine", &"transient"]);
+    let settings = managed(&domain, Record::AsItWas);
+    let cancel = Cancel::new().unwrap();
+    let clause =
+        "domain `transient` is transient: libvirt forgets it with its end, and `virsh start` knows no such";
+    for refused in [
+        managed_image(&settings.uri, &settings.name, &cancel).map(drop),
+        save_managed(&settings, &cancel, &Unobserved).map(drop),
+    ] {
+        let error = refused.unwrap_err();
+        assert_eq!((error.kind(), error.to_string().as_str()), (Kind::Misuse, clause));
+    }
+    assert_eq!(domain.state(), "running");
+    domain.wait_for_rounds(1);
+}
+
 fn managed(domain: &Domain<'_>, record: Record) -> ManagedSaveSettings {
     let QmpAddress::Domain { uri, name } = domain.settings(Path::new("")).qmp else { unreachable!() };
     ManagedSaveSettings { uri, name, record, bypass_cache: false }

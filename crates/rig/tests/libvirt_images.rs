@@ -285,3 +285,38 @@ fn what_comes_out_of_little_is_not_all_believed() {
     let expected = "more than 0x10000000 bytes of device state come out of it";
     assert_eq!(error.to_string(), format!("{}: {expected}", image.display()));
 }
+
+#[test]
+fn what_is_not_whole_is_refused_before_libvirt_hears_of_it() {
+    let unpacked = Unpacked::new();
+    let restore = |image: &Path| {
+        let settings = vmstate::DomainRestoreSettings {
+            uri: "qemu:///system?socket=/nonexistent/socket".parse().unwrap(),
+            image: image.to_owned(),
+            xml: None,
+            record: Record::AsItWas,
+            direct_io: vmstate::DirectIo::Auto,
+            channels: None,
+            reset_nvram: false,
+        };
+        vmstate::restore_domain(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap_err()
+    };
+    for format in FORMATS {
+        let image = unpacked.image(format);
+        // There is no such daemon, and it is asked for only when the image was found to be whole.
+        let error = restore(&image);
+        assert_eq!(error.to_string(), "cannot connect to libvirt at /nonexistent/socket", "{format}");
+        let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
+        let len = file.metadata().unwrap().len();
+        let cut = unpacked.dir.path().join("cut");
+        std::fs::copy(&image, &cut).unwrap();
+        OpenOptions::new().write(true).open(&cut).unwrap().set_len(len - len / 8).unwrap();
+        assert_eq!(restore(&cut).kind(), Kind::Damaged, "{format}, cut");
+        if matches!(format, "gzip" | "bzip2" | "xz" | "zstd") {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, len / 2).unwrap();
+            file.write_all_at(&[byte[0] ^ 1], len / 2).unwrap();
+            assert_eq!(restore(&image).kind(), Kind::Damaged, "{format}, a bit flipped");
+        }
+    }
+}

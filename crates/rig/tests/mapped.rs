@@ -301,6 +301,119 @@ fn a_waiting_qemu_is_mapped_only_where_its_memory_is_the_image_at_the_right_plac
     }
 }
 
+/// Writes an image of the other file into this file, in place.
+fn write_in_place(image: &Path, other: &Path) -> Result<vmstate::ConvertReport> {
+    let format = vmstate::source::Format::MappedRam;
+    let settings = vmstate::ConvertSettings {
+        to_offset: Some(0),
+        overwrite: true,
+        ..vmstate::ConvertSettings::new(other, image, format)
+    };
+    vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved)
+}
+
+fn is_refused(image: &Path, written: Result<vmstate::ConvertReport>, name: &str) {
+    let error = written.expect_err(name);
+    assert_eq!(error.kind(), Kind::Misuse, "{name}");
+    assert_eq!(
+        error.to_string(),
+        format!("`{}` is the memory of a guest that runs", image.display()),
+        "{name}"
+    );
+}
+
+#[test]
+fn an_image_that_a_qemu_maps_by_itself_is_not_written_in_place_while_it_lives() {
+    let dir = directory();
+    let (image, other) = (dir.path().join("vm.img"), dir.path().join("other.img"));
+    let spec = spec(MachineKind::Q35, 256, MemoryBackend::Plain);
+    let round = saved(&spec, &image);
+    std::fs::copy(&image, &other).unwrap();
+    let offset = pages_offset(&image);
+    let name = image.display();
+    let object = format!("memory-backend-file,mem-path={name},offset={offset},share=off,readonly=on,rom=off");
+    let backend = MemoryBackend::Object(object);
+    let mut guest = QemuSpec { backend, incoming: Incoming::Defer, ..spec.clone() }.start().unwrap();
+    let target = Target::Waiting(QmpAddress::Unix(guest.qmp_path()));
+    let settings =
+        RestoreSettings { mode: Mode::Map, record: Record::Running, ..RestoreSettings::new(&image, target) };
+    vmstate::restore(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap();
+    is_refused(&image, write_in_place(&image, &other), "it has just begun");
+    guest.wait_for_round(round + 2, DEADLINE).unwrap();
+    // Its monitor has been somebody else's since, who had a save made.
+    let again = dir.path().join("again.img");
+    save(&guest.qmp_path(), &again, |settings| settings.then = Then::Resume).unwrap();
+    is_refused(&image, write_in_place(&image, &other), "it was saved");
+    guest.wait_for_round(round + 4, DEADLINE).unwrap();
+    drop(guest);
+    write_in_place(&image, &other).unwrap();
+}
+
+/// Tries to write the image in place when QEMU loads.
+struct Writer<'a> {
+    image: &'a Path,
+    other: &'a Path,
+    written: Mutex<Option<Result<vmstate::ConvertReport>>>,
+}
+
+impl Observer for Writer<'_> {
+    fn phase(&self, name: &'static str) {
+        if name == "load" {
+            *self.written.lock().unwrap() = Some(write_in_place(self.image, self.other));
+        }
+    }
+}
+
+#[test]
+fn an_image_is_not_written_in_place_while_it_is_read_and_is_afterwards() {
+    let dir = directory();
+    let spec = spec(MachineKind::Q35, 256, MemoryBackend::Plain);
+    let [image, other, stream] = ["vm.img", "other.img", "vm.stream"].map(|name| dir.path().join(name));
+    let round = saved(&spec, &image);
+    std::fs::copy(&image, &other).unwrap();
+    let format = vmstate::source::Format::Stream;
+    let settings = vmstate::ConvertSettings::new(&image, &stream, format);
+    vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap();
+    for (image, mode, via, backend) in [
+        (&image, Mode::Eager, Via::Direct, MemoryBackend::Memfd),
+        (&image, Mode::Eager, Via::Qemu, MemoryBackend::Plain),
+        (&image, Mode::Eager, Via::Socket, MemoryBackend::Plain),
+        (&image, Mode::Lazy, Via::Auto, MemoryBackend::Plain),
+        (&stream, Mode::Eager, Via::Auto, MemoryBackend::Plain),
+    ] {
+        let name = format!("{} {mode:?} {via:?}", image.display());
+        let mut guest = QemuSpec { backend, incoming: Incoming::Defer, ..spec.clone() }.start().unwrap();
+        let target = Target::Waiting(QmpAddress::Unix(guest.qmp_path()));
+        let settings =
+            RestoreSettings { mode, via, record: Record::Running, ..RestoreSettings::new(image, target) };
+        let writer = Writer { image, other: &other, written: Mutex::default() };
+        vmstate::restore(&settings, &Cancel::new().unwrap(), &writer)
+            .unwrap_or_else(|error| panic!("{name}: {}", error.chain()));
+        is_refused(image, writer.written.into_inner().unwrap().unwrap(), &name);
+        // It lives from nothing but its memory now.
+        write_in_place(image, &other).unwrap_or_else(|error| panic!("{name}: {}", error.chain()));
+        guest.wait_for_round(round + 2, DEADLINE).expect(&name);
+    }
+}
+
+#[test]
+fn an_image_that_is_being_written_is_not_read() {
+    let dir = directory();
+    let image = dir.path().join("vm.img");
+    let spec = spec(MachineKind::Q35, 256, MemoryBackend::Plain);
+    saved(&spec, &image);
+    // As whoever writes it in place does.
+    let writer = File::open(&image).unwrap();
+    rustix::fs::flock(&writer, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+    for mode in [Mode::Eager, Mode::Lazy, Mode::Map] {
+        let error = restore_into_waiting(&spec, &image, MemoryBackend::Plain, mode).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported, "{mode:?}");
+        assert_eq!(error.to_string(), format!("{} is being written", image.display()), "{mode:?}");
+    }
+    drop(writer);
+    restore_into_waiting(&spec, &image, MemoryBackend::Plain, Mode::Eager).unwrap();
+}
+
 /// The line that the guest writes when it has verified all of its memory once more.
 fn says_a_round(settings: &mut RestoreSettings, home: &Path) {
     settings.ready = Some(ReadySerial { console: QemuSpec::serial_path(home), text: "R0".to_owned() });

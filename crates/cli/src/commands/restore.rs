@@ -11,6 +11,7 @@ use vmstate::{
 use super::Outcome;
 use super::background::{self, Background};
 use crate::args::{ModeArg, ReportArgs, Restore, RestoreViaArg};
+use crate::monitor::DomainRestoreArgs;
 use crate::output::{Reporter, line, ms, print_json, say, size, time};
 use crate::progress::Told;
 use crate::signals::cancel_on_signals;
@@ -40,7 +41,14 @@ fn by_libvirt(args: Restore) -> vmstate::Result<Outcome> {
             "via": "libvirt",
             "domain": report.domain,
             "direct_io": report.direct_io,
+            "read_bytes": report.read_bytes,
+            "resident_ms": ms(report.duration),
             "duration_ms": ms(report.duration),
+            // libvirt does not tell.
+            "qemu_pid": null,
+            "qmp": null,
+            "first_instruction_ms": null,
+            "guest_ready_ms": null,
         }));
     } else {
         line(format!(
@@ -58,6 +66,12 @@ fn by_libvirt(args: Restore) -> vmstate::Result<Outcome> {
 pub fn run(args: Restore) -> vmstate::Result<Outcome> {
     if args.domain {
         return by_libvirt(args);
+    }
+    let DomainRestoreArgs { xml, reset_nvram, .. } = &args.domain_args;
+    if xml.is_some() || *reset_nvram {
+        // The parser does not ask for --domain where it would contradict what else is given.
+        let clause = "--xml and --reset-nvram are libvirt's, which does not restore this guest";
+        return Err(Error::new(Kind::Misuse, clause).hint("give --domain, or leave them out"));
     }
     if args.resume {
         return take_up(args);
@@ -239,7 +253,13 @@ fn take_up(args: Restore) -> vmstate::Result<Outcome> {
     let qmp = args.qmp.ok_or_else(|| {
         Error::new(Kind::Misuse, "--resume without --qmp").hint("give the monitor of the QEMU that waits")
     })?;
-    let settings = TakeUpSettings { image: args.image, offset: args.offset, qmp, force: args.force };
+    let settings = TakeUpSettings {
+        image: args.image,
+        offset: args.offset,
+        qmp,
+        force: args.force,
+        rate_max: args.max_bandwidth,
+    };
     let cancel = cancel_on_signals()?;
     let told = Told::start(Reporter { verbose: args.report.verbose }, args.progress.progress)?;
     let report = vmstate::take_up(&settings, &cancel, &told)?;

@@ -25,6 +25,7 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
     if args.via == ViaArg::Libvirt {
         return by_libvirt(args);
     }
+    let then = then_of(&args);
     let domain_xml = args.xml.map(read_xml).transpose()?;
     let cancel = cancel_on_signals()?;
     let monitor = args.monitor.address()?;
@@ -60,14 +61,7 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
         channels: args.channels,
         direct_io: args.direct_io.choice(),
         rate_max: args.max_bandwidth,
-        then: match args.then {
-            Some(ThenArg::Pause) => Then::Pause,
-            Some(ThenArg::Resume) => Then::Resume,
-            Some(ThenArg::Quit) => Then::Quit,
-            // As virsh does.
-            None if args.monitor.domain.is_some() => Then::Quit,
-            None => Then::Pause,
-        },
+        then,
         record: args.record.choice(),
         overwrite: args.overwrite,
         sync: !args.no_sync,
@@ -122,6 +116,18 @@ pub fn run(args: Save) -> vmstate::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
+/// What becomes of the guest.
+fn then_of(args: &Save) -> Then {
+    match args.then {
+        Some(ThenArg::Pause) => Then::Pause,
+        Some(ThenArg::Resume) => Then::Resume,
+        Some(ThenArg::Quit) => Then::Quit,
+        // As virsh does.
+        None if args.monitor.domain.is_some() => Then::Quit,
+        None => Then::Pause,
+    }
+}
+
 fn read_xml(path: PathBuf) -> vmstate::Result<String> {
     std::fs::read_to_string(&path)
         .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))
@@ -146,6 +152,10 @@ fn by_libvirt(args: Save) -> vmstate::Result<Outcome> {
         ("--owner", args.owner.is_some()),
         ("--dry-run", args.dry_run),
         ("--timeout", args.timeout.is_some()),
+        ("--overwrite", args.overwrite),
+        ("--mode", args.mode != 0o600),
+        ("--pid", args.pid.is_some()),
+        ("--device-state", !matches!(args.device_state, DeviceStateArg::Auto)),
     ];
     if let Some((name, _)) = not_libvirts.iter().find(|(_, is_given)| *is_given) {
         return misuse(
@@ -172,6 +182,13 @@ fn by_libvirt(args: Save) -> vmstate::Result<Outcome> {
             "domain": report.domain,
             "image": report.image,
             "duration_ms": ms(report.duration),
+            // libvirt does not tell.
+            "data_bytes": null,
+            "zero_bytes": null,
+            "hole_bytes": null,
+            "downtime_ms": null,
+            "rate_bytes_per_s": null,
+            "peak_memory_bytes": null,
         }));
     } else {
         let (domain, image) = (&report.domain, report.image.display());
@@ -253,4 +270,28 @@ fn as_json(report: &SaveReport) -> serde_json::Value {
         "peak_memory_bytes": report.peak_memory_bytes,
         "phases": phases,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::args::{Args, Command};
+
+    #[test]
+    fn a_domain_ends_with_its_save_as_with_virsh_and_another_guest_stays() {
+        for (line, expected) in [
+            ("--domain web1 i", Then::Quit),
+            ("--domain web1 --managed", Then::Quit),
+            ("--domain web1 --then resume i", Then::Resume),
+            ("--domain web1 --then pause i", Then::Pause),
+            ("--qmp q i", Then::Pause),
+            ("--qmp q --then quit i", Then::Quit),
+        ] {
+            let line_whole = ["vmstate", "save"].into_iter().chain(line.split_whitespace());
+            let Command::Save(save) = Args::parse_from(line_whole).command else { panic!("{line}") };
+            assert_eq!(then_of(&save), expected, "{line}");
+        }
+    }
 }

@@ -7,6 +7,7 @@ mod answers;
 mod background;
 mod convert;
 mod devices;
+mod domains;
 // The rig may not be depended on from below; this file of it needs nothing else of it.
 #[path = "../../../rig/src/footprint.rs"]
 #[allow(missing_docs, unreachable_pub)]

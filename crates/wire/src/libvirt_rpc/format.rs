@@ -77,6 +77,7 @@ pub enum Procedure {
     DomainSuspend = 34,
     AuthList = 66,
     AuthPolkit = 70,
+    DomainIsPersistent = 151,
     ConnectGetLibVersion = 157,
     DomainAbortJob = 164,
     DomainManagedSave = 182,

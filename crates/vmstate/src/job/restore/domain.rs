@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,10 +16,11 @@ use wire::libvirt_rpc::format::{
 };
 use wire::libvirt_rpc::{Arguments, Procedure};
 
-use super::Record;
+use super::{Record, in_use};
 use crate::job::save::QEMU_CHANNELS;
 use crate::job::{DirectIo, Observer};
 use crate::libvirt::{Connection, GivingUp, LibvirtUri};
+use crate::source::{Image, open_image};
 use crate::{Error, Kind, Result};
 
 /// How much of an image is read for its head, in bytes.
@@ -54,11 +56,14 @@ pub struct DomainRestoreReport {
     pub domain: String,
     /// Whether libvirt read past the page cache.
     pub direct_io: bool,
+    /// Bytes of pages that the image has.
+    pub read_bytes: u64,
     /// The whole restore.
     pub duration: Duration,
 }
 
-/// Lets libvirt restore a domain from an image, after a look at it.
+/// Lets libvirt restore a domain from an image, after a look at all of it but the pages that have places of their own. Where
+/// the pages stand amid a stream, compressed or not, it is read twice: by vmstate, and by libvirt.
 ///
 /// # Errors
 /// [`Kind::Damaged`] and [`Kind::Unsupported`] of an image that is none of libvirt's, or not whole: libvirt's own
@@ -70,7 +75,13 @@ pub fn restore_domain(
 ) -> Result<DomainRestoreReport> {
     let start = Instant::now();
     observer.phase("check");
-    let head = read_head(&settings.image)?;
+    let file = open_image(&settings.image)?;
+    in_use::while_read(&file, &settings.image)?;
+    let head = read_head(&file, &settings.image)?;
+    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let own = File::open(own)
+        .map_err(|error| Error::io(format!("cannot open {}", settings.image.display()), error))?;
+    let read_bytes = Image::from_file(own, &settings.image, 0)?.data_bytes()?;
     let path = std::fs::canonicalize(&settings.image)
         .map_err(|error| Error::io(format!("cannot find {}", settings.image.display()), error))?;
     let path = path.to_str().ok_or_else(|| {
@@ -112,17 +123,16 @@ pub fn restore_domain(
         _ => error,
     })?;
     let domain = crate::libvirt::name_of(settings.xml.as_deref().unwrap_or(&head.xml))?;
-    Ok(DomainRestoreReport { domain, direct_io, duration: start.elapsed() })
+    Ok(DomainRestoreReport { domain, direct_io, read_bytes, duration: start.elapsed() })
 }
 
 /// Reads what stands before the guest.
-fn read_head(path: &Path) -> Result<Head> {
+fn read_head(mut file: &File, path: &Path) -> Result<Head> {
     let failed = |error| Error::io(format!("cannot read {}", path.display()), error);
-    let file = File::open(path).map_err(failed)?;
     let len = file.metadata().map_err(failed)?.len();
     let mut bytes = Vec::new();
     // Two texts of the greatest length, and padding.
-    file.take(HEAD_LEN_MAX).read_to_end(&mut bytes).map_err(failed)?;
+    (&mut file).take(HEAD_LEN_MAX).read_to_end(&mut bytes).map_err(failed)?;
     Head::decode(&bytes, 0, len).map_err(|fault| {
         Error::new(Kind::Damaged, format!("{} is no image that libvirt restores", path.display()))
             .because(fault.at_end())

@@ -1,7 +1,5 @@
 //! The guest's RAM as a private mapping of the image: nothing is read before the guest asks for it.
 
-use std::fs::File;
-use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
 
 use mem::Outlook;
@@ -9,7 +7,6 @@ use page::{PageRange, PageSet};
 use wire::mapped_ram::BlockPlacement;
 
 use super::Seen;
-use crate::job::Observer;
 use crate::qemu::{ImageBlock, Session};
 use crate::source::{FileExtents, MappedRamFile};
 use crate::{Error, Kind, Result};
@@ -66,27 +63,6 @@ fn on_whole_pages(blocks: &[BlockPlacement], host: u64) -> Result<Vec<ImageBlock
             offset: block.pages.start,
         })
         .collect())
-}
-
-/// A description of the image that says, as long as anybody has it, that guests live from the image.
-///
-/// # Errors
-/// [`Kind::Unsupported`] while the image is being written in place.
-pub(super) fn hold(image: &MappedRamFile, observer: &dyn Observer) -> Result<File> {
-    use std::os::fd::AsRawFd;
-    let cannot = |error| Error::io(format!("cannot open {}", image.path().display()), error);
-    let file = File::open(format!("/proc/self/fd/{}", image.file().as_raw_fd())).map_err(cannot)?;
-    match io::hold(&file) {
-        Ok(()) => {}
-        Err(error) if error.kind() == ErrorKind::WouldBlock => {
-            let clause = format!("{} is being written", image.path().display());
-            return Err(Error::new(Kind::Unsupported, clause).hint("wait until it is whole"));
-        }
-        Err(error) => observer.warn(&format!(
-            "the image could not be locked, so nothing keeps it from being overwritten: {error}"
-        )),
-    }
-    Ok(file)
 }
 
 /// What of each block the stream has to carry, found by looking at where the target's memory is.

@@ -5,6 +5,7 @@ mod domain;
 mod feed;
 mod fill;
 mod fit;
+mod in_use;
 mod lazy;
 mod map;
 mod mode;
@@ -201,6 +202,7 @@ pub fn restore(
         },
     )
     .map_err(cannot_open)?;
+    in_use::while_read(&pair.buffered, &settings.image)?;
     // The very file that QEMU gets, whatever its name stands for by then, but with a position of its own:
     // QEMU starts to read where its descriptor stands.
     let own = format!("/proc/self/fd/{}", pair.buffered.as_raw_fd());
@@ -303,7 +305,6 @@ impl Frame<'_> {
         let Loaded { mode, mode_reason, via, reason, run_state, running_at, .. } = loaded;
         // QEMU says that the guest runs when it does already: one that was heard before has run by then.
         let running_at = ready_at.map_or(running_at, |at| at.min(running_at));
-        let is_eager = mode == Mode::Eager;
         let channels = self.settings.channels.unwrap_or_else(|| match via {
             Via::Qemu => QEMU_CHANNELS,
             _ => default_channels(),
@@ -315,8 +316,13 @@ impl Frame<'_> {
             reason,
             qemu_pid: self.qemu,
             qmp: self.qmp.clone(),
-            direct_io: is_eager && self.is_direct,
-            channels: if is_eager { channels } else { 1 },
+            // Of a mapped image it is QEMU that reads, page by page and through the page cache.
+            direct_io: mode != Mode::Map && self.is_direct,
+            channels: match mode {
+                Mode::Lazy => lazy::READERS,
+                Mode::Map => 1,
+                Mode::Eager | Mode::Auto => channels,
+            },
             run_state,
             first_instruction: running_at.duration_since(self.started),
             first_instruction_from_ready: running_at.duration_since(self.ready),
@@ -501,7 +507,13 @@ fn load(
             return lazy::load(image, pair, prepared, session, run, limit, watch, cancel, &tell, let_go)
                 .map(|loaded| Loaded { mode_reason: reason.clone(), ..loaded });
         }
-        (Settled::Mapped(shares), _) => Some(shares),
+        (Settled::Mapped(shares), image) => {
+            // One that vmstate started has it by birth.
+            if let (None, Image::MappedRam(image)) = (launched, image) {
+                in_use::by_qemu(image, session, watch.observer)?;
+            }
+            Some(shares)
+        }
         _ => None,
     };
     let (way, reason) = match (image, mapped) {

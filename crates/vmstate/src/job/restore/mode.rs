@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 
 use super::map::{self, Share};
-use super::{RestoreSettings, Seen, Target, Via, lazy};
+use super::{RestoreSettings, Seen, Target, Via, in_use, lazy};
 use crate::job::Observer;
 use crate::qemu::{Session, map_arguments};
 use crate::source::{Image, MappedRamFile};
@@ -251,7 +251,7 @@ fn rewrite(
     observer: &dyn Observer,
 ) -> Result<(Vec<OsString>, File)> {
     let blocks = map::candidates(image)?;
-    let held = map::hold(image, observer)?;
+    let held = in_use::while_mapped(image, observer)?;
     // By its descriptor: whatever the image's name stands for by then, it is the file that was checked.
     let path = format!("/proc/self/fd/{}", held.as_raw_fd());
     let rewritten = map_arguments(command, &blocks, &path)?;

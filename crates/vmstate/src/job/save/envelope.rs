@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use io::{Cancel, TargetKind};
 use serde_json::{Value, json};
 use wire::libvirt::PayloadFormat;
-use wire::libvirt_rpc::{Arguments, Procedure, decode_double_word};
+use wire::libvirt_rpc::{Arguments, Procedure, decode_double_word, decode_word};
 
 use super::{SaveFormat, SaveSettings, writing};
 use crate::job::Observer;
@@ -180,15 +180,32 @@ fn save_image_format(line: &str) -> Option<String> {
 /// Where libvirt keeps the image from which it starts this domain the next time.
 ///
 /// # Errors
-/// [`Kind::Misuse`] where the domain's name is none of a file; others as [`Connection::open`].
+/// [`Kind::Misuse`] where the domain's name is none of a file, and for one that libvirt forgets with its end; others as [`Connection::open`].
 pub fn managed_image(uri: &LibvirtUri, name: &DomainName, cancel: &Cancel) -> Result<PathBuf> {
     let mut libvirt = Connection::open(uri, GivingUp::Cancelled(cancel.clone()))?;
     let domain = libvirt.find(name)?;
-    managed_image_of(&libvirt, uri, &domain.name)
+    managed_image_of(&mut libvirt, uri, &domain)
 }
 
-/// As [`managed_image`], of a domain of this name.
-pub(super) fn managed_image_of(libvirt: &Connection, uri: &LibvirtUri, name: &str) -> Result<PathBuf> {
+/// As [`managed_image`], of this domain.
+pub(super) fn managed_image_of(
+    libvirt: &mut Connection,
+    uri: &LibvirtUri,
+    domain: &wire::libvirt_rpc::Domain,
+) -> Result<PathBuf> {
+    let name = &domain.name;
+    let answer = libvirt.call(Procedure::DomainIsPersistent, &Arguments::new().domain(domain))?;
+    let is_persistent = decode_word(&answer, 0).map_err(|error| {
+        Error::new(Kind::Peer, "whether a domain is persistent is not understood").because(error)
+    })?;
+    if is_persistent == 0 {
+        let clause = format!(
+            "domain `{name}` is transient: libvirt forgets it with its end, and `virsh start` knows no such"
+        );
+        return Err(Error::new(Kind::Misuse, clause).hint(
+            "save it into an image of its own, for virsh restore; or make it persistent by virsh define",
+        ));
+    }
     let folder = match configuration(uri) {
         Some(_) if uri.driver().ends_with("/system") => PathBuf::from("/var/lib/libvirt/qemu"),
         Some(configuration) => configuration.with_file_name("qemu"),

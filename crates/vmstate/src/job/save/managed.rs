@@ -61,7 +61,7 @@ pub fn save_managed(
     observer.phase("connect");
     let mut libvirt = Connection::open(&settings.uri, GivingUp::Cancelled(cancel.clone()))?;
     let domain = libvirt.find(&settings.name)?;
-    let image = managed_image_of(&libvirt, &settings.uri, &domain.name)?;
+    let image = managed_image_of(&mut libvirt, &settings.uri, &domain)?;
     drop(libvirt);
     observer.phase("save");
     let outcome = call(settings, &domain, cancel)?;

@@ -447,6 +447,15 @@ impl Session {
         self.client.getfd(name, fd)
     }
 
+    /// Gives QEMU a descriptor under a name that it keeps to its end, or until another is given under that name.
+    ///
+    /// # Errors
+    /// As every QMP command.
+    pub fn leave_fd(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
+        self.require_descriptors()?;
+        self.client.getfd(name, fd)
+    }
+
     /// Begins to give QEMU a descriptor under a name.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ const JOB_LEN: u64 = 1 << 20;
 /// The largest pages of a target that are read ahead.
 const HOST_PAGE_MAX: u64 = 2 << 20;
 /// How many reads are under way at once: one fills the disk's queue while the other's bytes are taken.
-const READERS: usize = 2;
+pub(in crate::job::restore) const READERS: u16 = 2;
 /// How many buffers there are: what was read and waits for the socket is among them.
 const BUFFERS: usize = 6;
 
@@ -74,7 +74,7 @@ impl Background {
         let ready = eventfd(0, flags).map_err(|error| cannot(error.into()))?;
         let bell = ready.try_clone().map_err(cannot)?;
         let ahead = ReadAhead::start_waking(
-            READERS,
+            usize::from(READERS),
             move |job: &Job, buffer| pair.read_exact_at(&mut buffer[..job.len], job.at),
             // It fails only where it is rung beyond all counting, and then it has been heard.
             move || {

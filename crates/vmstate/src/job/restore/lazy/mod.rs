@@ -25,6 +25,7 @@ use wire::postcopy::{Opening, RequestedBlock, Requests};
 use wire::qemu::format::QEMU_VM_EOF;
 use wire::qemu::{DiscardRange, PostcopyAdvise, Preamble, RamSetup};
 
+pub(super) use self::background::READERS;
 use self::fit::{Fit, fit, tells_page_size};
 pub use self::recover::{TakeUpReport, TakeUpSettings, take_up};
 use self::rendezvous::Rendezvous;

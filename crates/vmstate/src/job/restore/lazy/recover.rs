@@ -14,7 +14,7 @@ use wire::DecodeError;
 use wire::postcopy::{Message, RequestedBlock, Requests, decode_message, decode_received};
 use wire::qemu::Command;
 
-use super::super::is_cached;
+use super::super::{in_use, is_cached};
 use super::fit::fit;
 use super::ledger::Ledger;
 use super::rendezvous::Rendezvous;
@@ -26,7 +26,7 @@ use crate::net::QmpAddress;
 use crate::qemu::{self, Session};
 use crate::qmp::{Capability, Client};
 use crate::source::{Image, open_image};
-use crate::{Error, Kind, Result};
+use crate::{Error, Kind, Rate, Result};
 
 /// How long a target may take to notice that its source has gone.
 const NOTICE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -46,6 +46,8 @@ pub struct TakeUpSettings {
     pub qmp: QmpAddress,
     /// Whether a QEMU is taken that does not say which image its memory comes from.
     pub force: bool,
+    /// The limit of what is sent in the background. Who waits for a page gets it.
+    pub rate_max: Option<Rate>,
 }
 
 /// What became of it.
@@ -81,6 +83,7 @@ pub fn take_up(settings: &TakeUpSettings, cancel: &Cancel, observer: &dyn Observ
     let path = format!("/proc/self/fd/{}", image.file().as_raw_fd());
     let mut pair = ReadPair::open(path.as_ref(), DirectChoice::Auto)
         .map_err(|error| Error::io(format!("cannot open {}", settings.image.display()), error))?;
+    in_use::while_read(&pair.buffered, &settings.image)?;
     if is_cached(&pair, data_bytes) {
         pair.direct = None;
     }
@@ -120,7 +123,8 @@ pub fn take_up(settings: &TakeUpSettings, cancel: &Cancel, observer: &dyn Observ
 
     let setup = ram_setup(&image, &fit.blocks, fit.target_page);
     let requests = Requests::new(fit.blocks);
-    let mut server = Server::new(&image, &pair, ledger, requests, &setup, main, urgent, None)?;
+    let limit = settings.rate_max.map(Rate::limit);
+    let mut server = Server::new(&image, &pair, ledger, requests, &setup, main, urgent, limit.as_deref())?;
     server.has_received(inbox, inbox_at);
     let signs = Signs::default();
     signs.may_run.store(true, Ordering::Release);
