@@ -34,10 +34,10 @@ pub use io::{Cancel, Owner, Replaced};
 pub use job::{Answer, Server, start_server};
 pub use job::{
     CompareSettings, Compared, Comparison, ConvertReport, ConvertSettings, DeviceStateBy, DirectIo, Estimate,
-    FaultReport, Mode, Observer, Pace, Phases, Progress, ProgressReading, ReadySerial, Record, Rehearsal,
-    RestoreReport, RestoreSettings, ResumeReport, ResumeSettings, SaveFormat, SaveReport, SaveSettings,
-    Target, Then, Unobserved, Via, check, check_at, compare, compare_files, convert, info, info_at, rehearse,
-    restore, resume, save,
+    FaultReport, FaultTimes, Mode, Observer, Pace, Phases, Progress, ProgressReading, ReadySerial, Record,
+    Rehearsal, RestoreReport, RestoreSettings, ResumeReport, ResumeSettings, SaveFormat, SaveReport,
+    SaveSettings, Target, Then, Unobserved, Via, check, check_at, compare, compare_files, convert, info,
+    info_at, rehearse, restore, resume, save,
 };
 pub use job::{
     DomainRestoreReport, DomainRestoreSettings, ManagedSaveReport, ManagedSaveSettings, managed_image,

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde_json::{Map, json};
 use vmstate::{
-    DomainRestoreSettings, Error, FaultReport, Kind, Mode, RestoreReport, RestoreSettings, TakeUpSettings,
-    Target, Via,
+    DomainRestoreSettings, Error, FaultReport, FaultTimes, Kind, Mode, RestoreReport, RestoreSettings,
+    TakeUpSettings, Target, Via,
 };
 
 use super::Outcome;
@@ -225,27 +225,43 @@ fn as_json(report: &RestoreReport, server: Option<u32>) -> serde_json::Value {
 fn faults_as_json(faults: FaultReport) -> serde_json::Value {
     json!({
         "requests": faults.requests,
-        "served": faults.served,
-        "median_us": faults.median.as_micros() as u64,
-        "p99_us": faults.p99.as_micros() as u64,
+        "served": faults.served.count,
+        "median_us": faults.served.median.map(micros),
+        "p99_us": faults.served.p99.map(micros),
+        "beside_background": times_as_json(faults.beside_background),
+        "without_background": times_as_json(faults.without_background),
         "preempt": faults.preempt,
     })
+}
+
+fn times_as_json(times: FaultTimes) -> serde_json::Value {
+    json!({ "served": times.count, "median_us": times.median.map(micros), "p99_us": times.p99.map(micros) })
+}
+
+fn micros(duration: std::time::Duration) -> u64 {
+    duration.as_micros().try_into().unwrap_or(u64::MAX)
 }
 
 /// What `-v` says of a guest's own requests.
 fn say_faults(faults: &FaultReport) {
     say(format!(
-        "  {} requests for pages, {} of them served: half within {} µs, 99 of 100 within {} µs, {}",
+        "  {} requests for pages, {} of them served {}",
         faults.requests,
-        faults.served,
-        faults.median.as_micros(),
-        faults.p99.as_micros(),
+        faults.served.count,
         if faults.preempt {
             "on a connection of their own"
         } else {
             "on the connection that all pages share"
         },
     ));
+    for (when, times) in
+        [("beside the background", faults.beside_background), ("without it", faults.without_background)]
+    {
+        if let FaultTimes { count, median: Some(median), p99: Some(p99) } = times {
+            let (median, p99) = (micros(median), micros(p99));
+            say(format!("  {count} {when}: half within {median} µs, 99 of 100 within {p99} µs"));
+        }
+    }
 }
 
 /// Takes a lazy restore up again.

@@ -1,12 +1,15 @@
 //! The modes of a restore and QEMU's own load beside each other, over guests of several sizes.
 
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use vmstate::job::ceiling;
 use vmstate::qmp::Client;
-use vmstate::{Cancel, Error, Mode, ReadySerial, Record, Result, net::QmpAddress};
+use vmstate::{
+    Cancel, Error, FaultReport, FaultTimes, Mode, Rate, ReadySerial, Record, Result, net::QmpAddress,
+};
 
 use super::clone::{Clone, available_bytes, failed, make_image, spec};
 use super::measure::leave_cache;
@@ -29,6 +32,8 @@ const IDLE_WEIGHT_MIB: u64 = 512;
 /// How far the first instructions of guests of all sizes may be apart, and how long after QEMU is ready they may be.
 const APART_MS_MAX: f64 = 20.0;
 pub const FROM_READY_MS_MAX: f64 = 50.0;
+/// What the background of a lazy restore brings in a second that is measured for its faults.
+const HELD_BYTES_PER_S: NonZeroU64 = NonZeroU64::new(1 << 20).unwrap();
 /// How much of its ceiling a fill is to reach while the guest's processors stand still.
 const FILL_AT_LEAST: f64 = 0.8;
 
@@ -99,6 +104,8 @@ enum Contender {
     LazyStopped,
     ReadCeiling,
     LazyCeiling,
+    /// Lazy, with a background that brings next to nothing. It is measured once, for its faults.
+    LazyHeld,
 }
 
 impl Contender {
@@ -115,7 +122,10 @@ impl Contender {
 
     /// Whether it is measured with guests that have touched next to nothing: what only moves pages has none to move.
     fn is_for_idle(self) -> bool {
-        !matches!(self, Contender::LazyStopped | Contender::ReadCeiling | Contender::LazyCeiling)
+        matches!(
+            self,
+            Contender::Qemu | Contender::Eager | Contender::Map | Contender::MapWait | Contender::Lazy
+        )
     }
 
     fn name(self) -> &'static str {
@@ -128,6 +138,7 @@ impl Contender {
             Contender::LazyStopped => "lazy, stopped",
             Contender::ReadCeiling => "read ceiling",
             Contender::LazyCeiling => "lazy ceiling",
+            Contender::LazyHeld => "lazy, held back",
         }
     }
 }
@@ -141,6 +152,7 @@ struct Sample {
     resident: Option<f64>,
     fill: Option<f64>,
     read_bytes: u64,
+    faults: Option<FaultReport>,
 }
 
 /// A guest of one size, saved.
@@ -229,6 +241,11 @@ pub fn modes(settings: &ModesSettings, cancel: &Cancel, narrator: &dyn Narrator)
                 notes.extend(fill_note(&name, lazy, ours, ceiling));
             }
         }
+        if is_dirty && Some(&memory_mib) == settings.sizes_mib.iter().min() {
+            let beside = of(Contender::Lazy).and_then(|samples| samples.last()?.faults);
+            let alone = measure(Contender::LazyHeld, &saved, cancel)?.faults;
+            notes.extend(fault_note(&name, beside, alone));
+        }
     }
     notes.extend(flatness(&rows));
     Ok(ModesReport { machine, rows, notes, took_s: started.elapsed().as_secs_f64() })
@@ -271,13 +288,16 @@ fn measure(contender: Contender, saved: &Saved<'_>, cancel: &Cancel) -> Result<S
         Contender::Eager => (Mode::Eager, false),
         Contender::Map => (Mode::Map, false),
         Contender::MapWait => (Mode::Map, true),
-        Contender::Lazy | Contender::LazyStopped => (Mode::Lazy, false),
+        Contender::Lazy | Contender::LazyStopped | Contender::LazyHeld => (Mode::Lazy, false),
     };
     let clone = Clone::start(&saved.spec, saved.image, cancel, |settings, home| {
         (settings.mode, settings.wait) = (mode, wait);
         if contender == Contender::LazyStopped {
             settings.record = Record::Paused;
             return;
+        }
+        if contender == Contender::LazyHeld {
+            settings.rate_max = Some(Rate::from(HELD_BYTES_PER_S));
         }
         // The mark of the round that was under way: it comes when all of the memory was looked at.
         let console = QemuSpec::serial_path(home);
@@ -292,6 +312,7 @@ fn measure(contender: Contender, saved: &Saved<'_>, cancel: &Cancel) -> Result<S
         guest_ready: report.guest_ready.map(ms),
         resident: report.resident.map(ms),
         read_bytes: report.read_bytes,
+        faults: report.faults,
     })
 }
 
@@ -336,6 +357,24 @@ fn row(memory_mib: u64, is_dirty: bool, contender: Contender, samples: &[Sample]
     }
 }
 
+/// How long the guest's requests for pages waited: beside the background, and where that was held back.
+fn fault_note(name: &str, beside: Option<FaultReport>, alone: Option<FaultReport>) -> Option<String> {
+    let tell = |times: FaultTimes| {
+        let (median, p99) = (times.median?.as_micros(), times.p99?.as_micros());
+        Some(format!("{} served, half within {median} µs and 99 of 100 within {p99} µs", times.count))
+    };
+    let beside = beside.and_then(|faults| tell(faults.beside_background));
+    let alone = alone.and_then(|faults| tell(faults.without_background));
+    let none = || "none served".to_owned();
+    (beside.is_some() || alone.is_some()).then(|| {
+        format!(
+            "lazy, {name}: faults beside the background: {}; with the background held back: {}",
+            beside.unwrap_or_else(none),
+            alone.unwrap_or_else(none)
+        )
+    })
+}
+
 /// How much of its ceiling a lazy restore reaches, round by round.
 fn fill_note(name: &str, contender: Contender, ours: &[Sample], ceiling: &[Sample]) -> Option<String> {
     let ratios: Vec<f64> =
@@ -343,7 +382,11 @@ fn fill_note(name: &str, contender: Contender, ours: &[Sample], ceiling: &[Sampl
     let ratio = interval(&ratios).filter(|ratio| ratio.median.is_finite())?;
     let budget = match contender {
         Contender::LazyStopped => {
-            format!("; at least {} is to be: {}", factor(FILL_AT_LEAST), verdict(ratio.high >= FILL_AT_LEAST))
+            let told = match ratio.is_sound() {
+                true => verdict(ratio.high >= FILL_AT_LEAST),
+                false => TOO_FEW_ROUNDS,
+            };
+            format!("; at least {} is to be: {told}", factor(FILL_AT_LEAST))
         }
         _ => String::new(),
     };
@@ -356,6 +399,9 @@ fn fill_note(name: &str, contender: Contender, ours: &[Sample], ceiling: &[Sampl
         ratio.count
     ))
 }
+
+/// What is said of a ratio whose interval holds the true one with less than 95 %.
+const TOO_FEW_ROUNDS: &str = "too few rounds to tell";
 
 fn verdict(is_kept: bool) -> &'static str {
     if is_kept { "kept" } else { "**missed**" }
@@ -459,7 +505,9 @@ pub(super) mod tests {
                         Contender::Qemu | Contender::Eager => (20.0 + all, Some(80.0 + all)),
                         Contender::Map => (17.0, None),
                         Contender::MapWait => (17.0, Some(90.0 + all)),
-                        Contender::Lazy | Contender::LazyStopped => (14.0, Some(90.0 + all * 1.2)),
+                        Contender::Lazy | Contender::LazyStopped | Contender::LazyHeld => {
+                            (14.0, Some(90.0 + all * 1.2))
+                        }
                         Contender::ReadCeiling | Contender::LazyCeiling => (0.0, Some(all)),
                     };
                     let is_ours = from_ready > 0.0;
@@ -470,6 +518,7 @@ pub(super) mod tests {
                         resident,
                         fill: None,
                         read_bytes: 5,
+                        faults: None,
                     };
                     rows.push(row(memory_mib, is_dirty, contender, &[sample]));
                 }
@@ -496,10 +545,39 @@ pub(super) mod tests {
             fill_note("dirty guest of 64 MiB", Contender::LazyStopped, &ours, &ceiling).as_deref(),
             Some(
                 "lazy, stopped, dirty guest of 64 MiB: filled at 0.80 of the lazy ceiling (0.50 – 0.90, 3 rounds); \
-                 at least 0.80 is to be: kept"
+                 at least 0.80 is to be: too few rounds to tell"
             )
         );
+        for (fill, told) in [
+            (80.0, "0.80 – 0.80, 6 rounds); at least 0.80 is to be: kept"),
+            (79.0, "0.79 – 0.79, 6 rounds); at least 0.80 is to be: **missed**"),
+        ] {
+            let note = fill_note("", Contender::LazyStopped, &[of(100.0); 6], &[of(fill); 6]).unwrap();
+            assert!(note.ends_with(told), "{note}");
+        }
         assert_eq!(fill_note("", Contender::Lazy, &[Sample::default()], &ceiling), None);
+    }
+
+    #[test]
+    fn faults_are_told_with_the_background_and_without() {
+        let micros = |n| Some(Duration::from_micros(n));
+        let times = |count, n| FaultTimes { count, median: micros(n), p99: micros(9 * n) };
+        let none = FaultTimes { count: 0, median: None, p99: None };
+        let of = |beside, alone| {
+            let (served, preempt) = (none, true);
+            Some(FaultReport {
+                requests: 1,
+                served,
+                beside_background: beside,
+                without_background: alone,
+                preempt,
+            })
+        };
+        let told = fault_note("dirty", of(times(5, 40), none), of(none, times(7, 10))).unwrap();
+        let expected = "lazy, dirty: faults beside the background: 5 served, half within 40 µs and 99 of 100 within 360 µs; \
+                        with the background held back: 7 served, half within 10 µs and 99 of 100 within 90 µs";
+        assert_eq!(told, expected);
+        assert_eq!(fault_note("dirty", of(none, none), None), None);
     }
 
     #[test]

@@ -29,8 +29,8 @@ pub use progress::{Estimate, Pace, Progress, ProgressReading};
 pub use restore::{Answer, Server, start_server};
 pub use restore::{DomainRestoreReport, DomainRestoreSettings, restore_domain};
 pub use restore::{
-    FaultReport, Mode, ReadySerial, Record, RestoreReport, RestoreSettings, TakeUpReport, TakeUpSettings,
-    Target, restore, take_up,
+    FaultReport, FaultTimes, Mode, ReadySerial, Record, RestoreReport, RestoreSettings, TakeUpReport,
+    TakeUpSettings, Target, restore, take_up,
 };
 pub use resume::{ResumeReport, ResumeSettings, resume};
 pub use save::{

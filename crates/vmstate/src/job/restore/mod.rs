@@ -29,7 +29,7 @@ use wire::qemu::format::MAPPED_RAM;
 pub use self::background::{Answer, Server, start_server};
 pub use self::domain::{DomainRestoreReport, DomainRestoreSettings, restore_domain};
 use self::fill::Filling;
-pub use self::lazy::{FaultReport, TakeUpReport, TakeUpSettings, take_up};
+pub use self::lazy::{FaultReport, FaultTimes, TakeUpReport, TakeUpSettings, take_up};
 use self::map::Share;
 pub use self::mode::Mode;
 use self::mode::{Plan, Settled};

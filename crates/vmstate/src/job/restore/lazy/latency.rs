@@ -31,6 +31,12 @@ impl Latencies {
         self.count
     }
 
+    /// Those of both.
+    pub(super) fn with(&self, other: &Latencies) -> Latencies {
+        let buckets = self.buckets.iter().zip(&other.buckets).map(|(one, other)| one + other).collect();
+        Latencies { buckets, count: self.count + other.count, longest: self.longest.max(other.longest) }
+    }
+
     /// The duration that the part `share` of all did not exceed; `None` where there is none.
     pub(super) fn quantile(&self, share: f64) -> Option<Duration> {
         let wanted = ((self.count as f64 * share).ceil() as u64).max(1);
@@ -70,6 +76,11 @@ mod tests {
             latencies.add(Duration::from_micros(micros));
         }
         assert_eq!(latencies.count(), 1000);
+        let mut longer = Latencies::new();
+        longer.add(Duration::from_secs(1));
+        let both = latencies.with(&longer);
+        assert_eq!((both.count(), both.quantile(0.5)), (1001, latencies.quantile(0.5)));
+        assert_eq!(both.quantile(1.0), Some(Duration::from_secs(1)));
         for (share, exact) in [(0.5, 500), (0.99, 990), (1.0, 1000)] {
             let found = latencies.quantile(share).unwrap().as_micros();
             assert!((exact..=exact * 9 / 8 + 1).contains(&found), "{share}: {found}");

@@ -27,9 +27,10 @@ use wire::qemu::{DiscardRange, PostcopyAdvise, Preamble, RamSetup};
 
 pub(super) use self::background::READERS;
 use self::fit::{Fit, fit, tells_page_size};
+use self::latency::Latencies;
 pub use self::recover::{TakeUpReport, TakeUpSettings, take_up};
 use self::rendezvous::Rendezvous;
-use self::server::{Served, Server, Signs};
+use self::server::{Served, Server, Signs, Waits};
 use self::token::Token;
 use super::feed::{EXIT_ON_ERROR_SINCE, plain};
 use super::{Loaded, Mode, RUN_TIMEOUT, TellRunning, Via, load_failed};
@@ -59,24 +60,42 @@ const PREEMPT_SINCE: u32 = 8;
 pub struct FaultReport {
     /// How many requests came; a page may be asked for twice.
     pub requests: u64,
-    /// How many of them a page was sent for.
-    pub served: u64,
-    /// From a request's arrival until its page was in the socket: half of them took no longer.
-    pub median: Duration,
-    /// The same for 99 of 100.
-    pub p99: Duration,
+    /// Those that a page was sent for; for the others it was on its way.
+    pub served: FaultTimes,
+    /// Those of them that came while the background was sending.
+    pub beside_background: FaultTimes,
+    /// Those that came while it was not: held back by a limit, or done.
+    pub without_background: FaultTimes,
     /// Whether the pages that were asked for had a connection of their own (QEMU's postcopy-preempt).
     pub preempt: bool,
 }
 
+/// How long requests were waited for, from their arrival until their page was in the socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultTimes {
+    /// How many there were.
+    pub count: u64,
+    /// Half of them took no longer; `None` where there were none.
+    pub median: Option<Duration>,
+    /// The same for 99 of 100.
+    pub p99: Option<Duration>,
+}
+
+impl FaultTimes {
+    fn of(latencies: &Latencies) -> FaultTimes {
+        let quantile = |share| latencies.quantile(share);
+        FaultTimes { count: latencies.count(), median: quantile(0.5), p99: quantile(0.99) }
+    }
+}
+
 impl FaultReport {
     fn of(served: &Served, preempt: bool) -> FaultReport {
-        let quantile = |share| served.latencies.quantile(share).unwrap_or_default();
+        let Waits { beside, alone } = &served.latencies;
         FaultReport {
             requests: served.requests,
-            served: served.latencies.count(),
-            median: quantile(0.5),
-            p99: quantile(0.99),
+            served: FaultTimes::of(&beside.with(alone)),
+            beside_background: FaultTimes::of(beside),
+            without_background: FaultTimes::of(alone),
             preempt,
         }
     }

@@ -57,10 +57,37 @@ pub(super) struct Signs {
 pub(super) struct Served {
     /// Requests, repeated ones included.
     pub requests: u64,
-    /// From a request's arrival until its page was in the socket, while the background still had pages to send.
-    pub latencies: Latencies,
+    /// From a request's arrival until its page was in the socket.
+    pub latencies: Waits,
     /// Bytes of pages that were read from the image.
     pub read_bytes: u64,
+}
+
+/// How long answers were waited for, apart by what else was under way when they were asked for.
+#[derive(Debug)]
+pub(super) struct Waits {
+    /// The background was sending.
+    pub beside: Latencies,
+    /// It had nothing to send: held back by a limit, or done.
+    pub alone: Latencies,
+}
+
+impl Waits {
+    fn new() -> Waits {
+        Waits { beside: Latencies::new(), alone: Latencies::new() }
+    }
+
+    fn add(&mut self, asked: Asked) {
+        let latencies = if asked.is_beside { &mut self.beside } else { &mut self.alone };
+        latencies.add(asked.at.elapsed());
+    }
+}
+
+/// When something was asked for, and whether the background was sending then.
+#[derive(Clone, Copy, Debug)]
+struct Asked {
+    at: Instant,
+    is_beside: bool,
 }
 
 /// Heads of records, and a part of the background's buffer behind them.
@@ -81,7 +108,7 @@ struct Channel {
     /// How much of `out` has gone.
     gone: usize,
     /// Where in `out` an answer ends, and since when it is waited for.
-    answers: VecDeque<(usize, Instant)>,
+    answers: VecDeque<(usize, Asked)>,
     records: RecordEncoder,
     heads: Vec<u8>,
     pieces: Vec<Piece>,
@@ -110,7 +137,7 @@ impl Channel {
     }
 
     /// Sends what the socket takes; `bytes` is what the pieces are parts of.
-    fn flush(&mut self, bytes: &[u8], latencies: &mut Latencies) -> Result<(), Errno> {
+    fn flush(&mut self, bytes: &[u8], latencies: &mut Waits) -> Result<(), Errno> {
         if !self.flush_pieces(bytes)? {
             return Ok(());
         }
@@ -122,10 +149,10 @@ impl Channel {
                 Err(error) => return Err(error),
             }
         }
-        while let Some((end, since)) = self.answers.front()
+        while let Some((end, asked)) = self.answers.front()
             && *end <= self.gone
         {
-            latencies.add(since.elapsed());
+            latencies.add(*asked);
             self.answers.pop_front();
         }
         if self.gone == self.out.len() {
@@ -211,7 +238,7 @@ pub(super) struct Server<'a> {
     inbox: Vec<u8>,
     /// The offset on the return path of the inbox's first byte.
     inbox_at: u64,
-    waiting: VecDeque<(Wanted, Instant)>,
+    waiting: VecDeque<(Wanted, Asked)>,
     stage: Stage,
     served: Served,
     scratch: Vec<u8>,
@@ -256,7 +283,7 @@ impl<'a> Server<'a> {
             inbox_at: 0,
             waiting: VecDeque::new(),
             stage: Stage::Filling,
-            served: Served { requests: 0, latencies: Latencies::new(), read_bytes: 0 },
+            served: Served { requests: 0, latencies: Waits::new(), read_bytes: 0 },
             scratch: Vec::new(),
             limit,
             not_before: None,
@@ -363,7 +390,9 @@ impl<'a> Server<'a> {
                 Message::RequestPages(request) => {
                     let wanted = self.requests.judge(&request, at).map_err(lies)?;
                     self.served.requests += 1;
-                    self.waiting.push_back((wanted, now));
+                    let is_held = self.not_before.is_some_and(|at| at > now) && self.main.pending() == 0;
+                    let is_beside = self.stage == Stage::Filling && !is_held;
+                    self.waiting.push_back((wanted, Asked { at: now, is_beside }));
                 }
                 Message::Pong(PING_PACKAGED) => drop(signs.loaded_at.set(now)),
                 Message::Pong(_) | Message::SwitchoverAck => {}
@@ -388,7 +417,7 @@ impl<'a> Server<'a> {
 
     /// Queues the pages that were asked for, as far as they were not sent already.
     fn answer(&mut self) -> Result<()> {
-        while let Some((wanted, since)) = self.waiting.front().copied() {
+        while let Some((wanted, asked)) = self.waiting.front().copied() {
             let channel = self.urgent.as_ref().unwrap_or(&self.main);
             if channel.pending() > ANSWERS_LEN_MAX {
                 return Ok(());
@@ -399,7 +428,7 @@ impl<'a> Server<'a> {
             let page = wanted.pages.start;
             if !is_answered && self.ledger.take(wanted.block, page) {
                 let one = PageRange::new(page.0, page.0 + 1);
-                self.queue(wanted.block, one, Some(since))?;
+                self.queue(wanted.block, one, Some(asked))?;
             }
             match self.waiting.front_mut() {
                 Some((rest, _)) if page.0 + 1 < rest.pages.end.0 && !is_answered => {
@@ -481,12 +510,12 @@ impl<'a> Server<'a> {
     }
 
     /// Queues host pages: an answer on the preempt channel if there is one, all else on the main channel.
-    fn queue(&mut self, block: usize, pages: PageRange, since: Option<Instant>) -> Result<()> {
+    fn queue(&mut self, block: usize, pages: PageRange, asked: Option<Asked>) -> Result<()> {
         let account = &self.ledger.accounts[block];
         let place = &self.image.layout().blocks[block];
         let target = account.target_pages(pages);
         let page = account.target_page;
-        let (channel, section_id) = match (&mut self.urgent, since) {
+        let (channel, section_id) = match (&mut self.urgent, asked) {
             (Some(urgent), Some(_)) => (urgent, None),
             _ => (&mut self.main, Some(self.section_id)),
         };
@@ -518,8 +547,8 @@ impl<'a> Server<'a> {
             channel.records.eos(out);
             Item::Footer { section_id }.encode(out);
         }
-        if let Some(since) = since {
-            channel.answers.push_back((out.len(), since));
+        if let Some(asked) = asked {
+            channel.answers.push_back((out.len(), asked));
         }
         Ok(())
     }
