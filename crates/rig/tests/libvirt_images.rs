@@ -320,3 +320,54 @@ fn what_is_not_whole_is_refused_before_libvirt_hears_of_it() {
         }
     }
 }
+
+/// Converts what somebody writes into a FIFO meanwhile.
+fn convert_from_pipe(unpacked: &Unpacked, bytes: Vec<u8>, to: &Path) -> Result<ConvertReport> {
+    let fifo = unpacked.dir.path().join("fifo");
+    if !fifo.exists() {
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
+            .unwrap();
+    }
+    std::thread::scope(|scope| {
+        // Whoever stops reading early lets the rest go.
+        scope.spawn(|| drop(OpenOptions::new().write(true).open(&fifo).unwrap().write_all(&bytes)));
+        let settings =
+            ConvertSettings { overwrite: true, ..ConvertSettings::new(&fifo, to, Format::MappedRam) };
+        vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved)
+    })
+}
+
+#[test]
+fn what_stands_in_a_row_is_converted_out_of_a_pipe() {
+    let unpacked = Unpacked::new();
+    for format in FORMATS {
+        let image = unpacked.image(format);
+        let (by_file, by_pipe) = (unpacked.dir.path().join("file"), unpacked.dir.path().join("pipe"));
+        let bytes = std::fs::read(&image).unwrap();
+        if format == "sparse" {
+            let error = convert_from_pipe(&unpacked, bytes, &by_pipe).unwrap_err();
+            assert_eq!(error.kind(), Kind::Misuse, "{format}");
+            assert!(
+                error.to_string().ends_with("read at offsets, which a pipe has not"),
+                "{}",
+                error.chain()
+            );
+            continue;
+        }
+        let settings =
+            ConvertSettings { overwrite: true, ..ConvertSettings::new(&image, &by_file, Format::MappedRam) };
+        vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap();
+        let report = convert_from_pipe(&unpacked, bytes.clone(), &by_pipe)
+            .unwrap_or_else(|error| panic!("{format}: {}", error.chain()));
+        assert_eq!(report.from_format.name(), format!("libvirt-{format}"));
+        let compared = vmstate::compare_files(&by_file, &by_pipe, &Cancel::new().unwrap()).unwrap();
+        assert!(compared.same, "{format}: {compared:?}");
+        std::fs::remove_file(&by_pipe).unwrap();
+        // Within the magic, the header, the XML, the padding, and the guest.
+        for len in [5, 50, 1000, 5000, bytes.len() / 2] {
+            let error = convert_from_pipe(&unpacked, bytes[..len].to_vec(), &by_pipe).unwrap_err();
+            assert!(matches!(error.kind(), Kind::Damaged | Kind::Io), "{format}, {len}: {}", error.chain());
+            assert!(!by_pipe.exists(), "{format}, {len}");
+        }
+    }
+}

@@ -23,7 +23,7 @@ use std::io::{self, Read};
 
 use wire::libvirt::PayloadFormat;
 
-pub use read::Decompressor;
+pub use read::{Decompressor, decompress_once};
 pub use write::Compressor;
 
 /// The most that one piece may hold before and after compression, in bytes, to be decompressed apart; what is larger

@@ -149,6 +149,20 @@ impl Decompressor {
     }
 }
 
+/// Decompresses what can be read once only, in one thread.
+///
+/// # Errors
+/// What reading said.
+pub fn decompress_once(
+    codec: Codec,
+    mut from: impl Read + Send + 'static,
+) -> io::Result<Box<dyn Read + Send>> {
+    let mut first = Vec::new();
+    (&mut from).take(FIRST_LEN as u64).read_to_end(&mut first)?;
+    let input = io::Cursor::new(first.clone()).chain(from);
+    codec.pieces().stream(Box::new(io::BufReader::with_capacity(256 << 10, input)), &first)
+}
+
 impl Read for Decompressor {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {

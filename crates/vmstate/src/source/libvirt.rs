@@ -1,6 +1,7 @@
 //! Where QEMU's bytes are in an image: at its start, or behind a head of libvirt's.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -16,7 +17,7 @@ use crate::{Error, Kind, Result};
 /// What both magics of libvirt's have in common.
 const MAGIC: &[u8] = b"LibvirtQemud";
 /// As many bytes as the longest magic of a payload has.
-const FIRST_LEN: u64 = 16;
+pub(super) const FIRST_LEN: u64 = 16;
 
 /// Where the payload of an image is, and what stands before it.
 #[derive(Clone, Debug)]
@@ -198,6 +199,33 @@ pub(crate) fn decompress(
     let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
     let file = file.try_clone().map_err(cannot)?;
     crate::codec::Decompressor::new(codec, file, at, end).map_err(cannot)
+}
+
+/// Decompresses what follows of what can be read once only.
+///
+/// # Errors
+/// As [`decompress`].
+#[cfg(feature = "codecs")]
+pub(crate) fn decompress_once(
+    from: impl Read + Send + 'static,
+    path: &Path,
+    format: PayloadFormat,
+) -> Result<Box<dyn Read + Send>> {
+    let Some(codec) = crate::codec::Codec::of(format) else {
+        return Err(Error::new(Kind::Misuse, format!("a {format} image is not compressed")));
+    };
+    crate::codec::decompress_once(codec, from)
+        .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))
+}
+
+/// As in a build with codecs: never a value.
+#[cfg(not(feature = "codecs"))]
+pub(crate) fn decompress_once(
+    _from: impl Read + Send + 'static,
+    path: &Path,
+    format: PayloadFormat,
+) -> Result<std::io::Empty> {
+    Err(no_codec(path, format))
 }
 
 /// As in a build with codecs: never a value.

@@ -1,20 +1,24 @@
 //! An image of libvirt as a source: QEMU's bytes behind the head, as what they are.
 
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{BufRead, BufReader, Cursor, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use io::{Cancel, Inflow, ReadPair};
+use wire::DecodeError;
 use wire::libvirt::{Head, PayloadFormat};
 use wire::qemu::global_state;
 
 use super::extents::TAIL_LEN_MAX;
 use super::flow::{GuestShape, Pages, Source, Tail};
+use super::libvirt::FIRST_LEN;
 use super::mapped_ram::faulty;
 use super::spill::{Spilling, nameless_file};
-use super::{Bounds, Format, MappedRamSource, Payload, StreamIndex, StreamSource, decompress};
+use super::{
+    Bounds, Format, MappedRamSource, Payload, StreamIndex, StreamSource, decompress, decompress_once,
+};
 use crate::{Error, Kind, Result};
 
 /// How much of a decompressed stream is handed on at once.
@@ -55,6 +59,69 @@ impl LibvirtSource {
         };
         Ok(LibvirtSource { head, inner })
     }
+
+    /// Opens an image that comes out of a pipe: raw, or compressed, which one thread decompresses.
+    ///
+    /// # Errors
+    /// As of the formats within; [`Kind::Misuse`] where there is no head, and for `sparse`, whose pages have places.
+    pub fn open_once(mut from: Box<dyn BufRead + Send>, path: &Path) -> Result<LibvirtSource> {
+        let cannot = |error| Error::from_within(error).unwrap_or_else(|error| cannot_read(path, error));
+        let (head, rest) = read_head(&mut from, path)?;
+        let at = head.len();
+        let mut first = rest;
+        (&mut from)
+            .take(FIRST_LEN.saturating_sub(first.len() as u64))
+            .read_to_end(&mut first)
+            .map_err(cannot)?;
+        head.check_payload(&first, at).map_err(|fault| faulty(path, fault))?;
+        let from = Cursor::new(first).chain(from);
+        let inner: Box<dyn Source> = match head.format {
+            PayloadFormat::Raw => Box::new(StreamSource::open(Box::new(from), path, at, None)?),
+            PayloadFormat::Sparse => {
+                let clause = format!(
+                    "{}: the pages of a libvirt-sparse image are read at offsets, which a pipe has not",
+                    path.display()
+                );
+                return Err(Error::new(Kind::Misuse, clause).hint("give the name of the file"));
+            }
+            format => Box::new(bounded(path, decompress_once(from, path, format)?, |stream| stream)?),
+        };
+        Ok(LibvirtSource { head, inner })
+    }
+}
+
+fn cannot_read(path: &Path, error: std::io::Error) -> Error {
+    Error::io(format!("cannot read {}", path.display()), error)
+}
+
+/// Reads a head off what cannot be read twice, and gives with it what was read of the payload behind it.
+fn read_head(from: &mut dyn BufRead, path: &Path) -> Result<(Head, Vec<u8>)> {
+    let cannot = |error| Error::from_within(error).unwrap_or_else(|error| cannot_read(path, error));
+    let mut bytes = Vec::new();
+    let head = loop {
+        // Where it ends nobody knows; a text has a greatest length all the same.
+        match Head::decode(&bytes, 0, u64::MAX) {
+            Ok(head) => break head,
+            Err(DecodeError::Incomplete { needed, offset, field }) => {
+                let had = (&mut *from).take(needed).read_to_end(&mut bytes).map_err(cannot)?;
+                if (had as u64) < needed {
+                    let needed = needed - had as u64;
+                    return Err(faulty(path, DecodeError::Incomplete { needed, offset, field }.at_end()));
+                }
+            }
+            Err(DecodeError::Fault(fault)) => return Err(faulty(path, fault)),
+        }
+    };
+    let within = bytes.len() as u64;
+    let padding = head.len().saturating_sub(within);
+    let skipped = std::io::copy(&mut (&mut *from).take(padding), &mut std::io::sink()).map_err(cannot)?;
+    if skipped < padding {
+        let needed = padding - skipped;
+        let fault = DecodeError::Incomplete { needed, offset: within + skipped, field: "padding" }.at_end();
+        return Err(faulty(path, fault));
+    }
+    let rest = bytes.split_off(within.min(head.len()) as usize);
+    Ok((head, rest))
 }
 
 /// The stream that comes out of a compressed one, read through `around`, once it has been bounded.

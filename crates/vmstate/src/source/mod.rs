@@ -27,8 +27,8 @@ pub use flow::{
 };
 pub use format::Format;
 pub use image::Image;
-pub(crate) use libvirt::decompress;
 pub use libvirt::{DomainInfo, Payload};
+pub(crate) use libvirt::{decompress, decompress_once};
 pub use libvirt_source::LibvirtSource;
 pub use mapped_ram::{BlockUse, MappedRamFile, Use};
 pub use mapped_ram_pages::MappedRamSource;

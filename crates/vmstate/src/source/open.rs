@@ -4,8 +4,10 @@ use std::io::{BufRead, Cursor, Read};
 use std::sync::Arc;
 
 use io::{Inflow, ReadPair};
+use wire::libvirt::PayloadFormat;
 
 use super::flow::{Input, InputBytes, Source};
+use super::libvirt::is_head;
 use super::libvirt_source::spilled;
 use super::{
     Bounds, Format, LibvirtSource, MappedRamSource, Payload, PlacedPages, StreamIndex, StreamSource,
@@ -42,18 +44,22 @@ pub fn open_source(input: Input, format: Option<Format>) -> Result<Box<dyn Sourc
         }
         InputBytes::Sequential(mut from) => {
             let mut head = Vec::new();
+            if !matches!(format, Some(Format::MappedRam | Format::Stream)) {
+                let peeked = (&mut from).take(PEEK_LEN).read_to_end(&mut head);
+                peeked.map_err(|error| Error::from_within(error).unwrap_or_else(cannot))?;
+            }
+            let is_libvirts = is_head(&head);
             let format = match format {
                 Some(format) => format,
-                None => {
-                    let peeked = (&mut from).take(PEEK_LEN).read_to_end(&mut head);
-                    peeked.map_err(|error| Error::from_within(error).unwrap_or_else(cannot))?;
-                    Format::of_head(&head, &path, 0)?
-                }
+                // Which of them it is its head tells.
+                None if is_libvirts => Format::Libvirt(PayloadFormat::Raw),
+                None => Format::of_head(&head, &path, 0)?,
             };
             let from: Box<dyn BufRead + Send> = Box::new(Cursor::new(head).chain(from));
             match format {
                 Format::Stream => Ok(Box::new(StreamSource::open(from, &path, 0, None)?)),
-                Format::MappedRam | Format::Libvirt(_) => {
+                Format::Libvirt(_) => Ok(Box::new(LibvirtSource::open_once(from, &path)?)),
+                Format::MappedRam => {
                     let clause = format!(
                         "{}: a {} image is read at offsets, which a pipe has not",
                         path.display(),
