@@ -99,3 +99,46 @@ fn an_image_is_converted_and_compared_by_files_and_pipes() {
     fs::remove_file(dir.path().join("none")).unwrap();
     assert_eq!(names_in(dir.path()), before);
 }
+
+#[test]
+fn what_is_given_for_the_xml_of_a_domain_is_one() {
+    let dir = images();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    fs::write(at("passwords"), "root:x:0:0:root:/root:/bin/bash\n").unwrap();
+    fs::write(at("network.xml"), "<network><name>default</name></network>\n").unwrap();
+    let before = names_in(dir.path());
+    for (xml, expected) in [
+        ("passwords", "error: the description of the domain is no XML: unknown token at 1:1\n"),
+        ("network.xml", "error: the description of the domain is a <network>, and not a <domain>\n"),
+    ] {
+        for line in [
+            format!("save --qmp /no/such/monitor --format libvirt-raw --xml {} {}", at(xml), at("out")),
+            format!("convert -O libvirt-raw --xml {} {} {}", at(xml), at("none"), at("out")),
+        ] {
+            let refused = run(&line);
+            assert_eq!(refused.code, Some(2), "{line}: {refused:?}");
+            let hint = "hint: give what `virsh dumpxml --migratable --security-info DOMAIN` prints\n";
+            assert_eq!(refused.stderr, format!("{expected}{hint}"), "{line}");
+            assert_eq!(names_in(dir.path()), before, "{line}");
+        }
+    }
+}
+
+#[test]
+fn buffers_that_differ_are_told_as_text() {
+    let qemu = booted();
+    let dir = images();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let (ran, stopped) = (at("ran.img"), at("stopped.img"));
+    for (option, image) in [("--running", &ran), ("--paused", &stopped)] {
+        let said = run(&format!("save {option} --via direct --qmp {} {image}", qemu.qmp_path().display()));
+        assert_eq!(said.code, Some(0), "{said:?}");
+    }
+    // The clock of the host goes on while the guest stands still.
+    let said = run(&format!("compare --ignore mc146818rtc {ran} {stopped}"));
+    let expected = format!(
+        "{ran} (mapped-ram) and {stopped} (mapped-ram) differ\n  device `globalstate` 0: first at byte 0x3\n    \
+         size: 0x8 and 0x7\n    runstate: \"running\" and \"paused\"\n"
+    );
+    assert_eq!((said.code, said.stdout), (Some(1), expected));
+}

@@ -8,7 +8,7 @@ use io::{Cancel, DraftOptions, Owner, Target, TargetKind};
 
 use super::{DirectIo, Observer, Phases, Stopwatch, anonymous_memory_bytes};
 use crate::sink::{Domain, Means, Sink, create_sink};
-use crate::source::{Format, Input, InputBytes, Source, open_source};
+use crate::source::{Format, Input, InputBytes, Source, open_source, require_domain_xml};
 use crate::{Error, Kind, Result};
 
 /// The most channels.
@@ -123,6 +123,14 @@ pub fn convert(
     let channels = settings.channels.unwrap_or_else(super::save::default_channels);
     if !(1..=CHANNELS_MAX).contains(&channels) {
         return Err(Error::new(Kind::Misuse, format!("channels must be between 1 and {CHANNELS_MAX}")));
+    }
+    if let Some(xml) = &settings.domain_xml {
+        if !matches!(settings.to_format, Format::Libvirt(_)) {
+            let clause = "only an image of libvirt begins with a description of the domain";
+            return Err(Error::new(Kind::Misuse, clause)
+                .hint("leave the XML out, or name one of libvirt's formats by -O"));
+        }
+        require_domain_xml(xml)?;
     }
     let mut watch = Stopwatch::start(observer);
     watch.phase("open");

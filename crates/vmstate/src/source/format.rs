@@ -66,6 +66,28 @@ impl Format {
         matches!(self, Format::MappedRam | Format::Libvirt(PayloadFormat::Sparse))
     }
 
+    /// Refuses an image that is another one of libvirt's, or none of them, than it was said to be. QEMU's own formats
+    /// refuse each other themselves, by their first bytes.
+    ///
+    /// # Errors
+    /// [`Kind::Misuse`].
+    pub(super) fn require_said(self, said: Option<Format>, path: &Path) -> Result<()> {
+        match said {
+            Some(said @ Format::Libvirt(_)) if said != self => {
+                let clause =
+                    format!("{} is a {} image, and not {}", path.display(), self.name(), said.name());
+                Err(Error::new(Kind::Misuse, clause)
+                    .hint("leave -f out: the first bytes tell what an image is"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether it is a stream that is compressed.
+    pub fn is_compressed(self) -> bool {
+        matches!(self, Format::Libvirt(payload) if payload.is_compressed())
+    }
+
     /// The format of an open file from the offset `start` on.
     ///
     /// # Errors

@@ -67,11 +67,7 @@ impl Payload {
     /// The run state that a restore brings the guest to, where QEMU's bytes record the one given. libvirt stops a guest
     /// before it has QEMU save it, so QEMU records `paused`, and libvirt's head what the guest was before.
     pub(crate) fn run_state(&self, recorded: Option<&'static str>) -> Option<&'static str> {
-        match &self.head {
-            Some(head) if head.was_running => Some("running"),
-            Some(_) => Some(recorded.filter(|state| *state != "running").unwrap_or("paused")),
-            None => recorded,
-        }
+        effective_run_state(self.head.as_ref().map(|head| head.was_running), recorded)
     }
 
     /// All that is wrong with a head, and where the payload is all the same; no faults where there is no head.
@@ -97,6 +93,39 @@ impl Payload {
         }
         Ok((Some(Payload { head: Some(head), at }), report))
     }
+}
+
+/// The run state that counts where libvirt's head, if there is one, says whether the guest ran and QEMU recorded
+/// another, or none.
+pub(super) fn effective_run_state(
+    was_running: Option<bool>,
+    recorded: Option<&'static str>,
+) -> Option<&'static str> {
+    match was_running {
+        Some(true) => Some("running"),
+        Some(false) => Some(recorded.filter(|state| *state != "running").unwrap_or("paused")),
+        None => recorded,
+    }
+}
+
+/// Refuses an XML that libvirt would not take for the description of a domain, before it goes into an image.
+///
+/// # Errors
+/// [`Kind::Misuse`] for what is no XML, or the XML of something else.
+pub(crate) fn require_domain_xml(xml: &str) -> Result<()> {
+    let hint = "give what `virsh dumpxml --migratable --security-info DOMAIN` prints";
+    let document = roxmltree::Document::parse_with_options(xml, parsing_options()).map_err(|error| {
+        Error::new(Kind::Misuse, "the description of the domain is no XML").because(error).hint(hint)
+    })?;
+    let name = document.root_element().tag_name().name();
+    if name != ROOT_ELEMENT {
+        let clause = format!(
+            "the description of the domain is a <{}>, and not a <{ROOT_ELEMENT}>",
+            name.escape_debug()
+        );
+        return Err(Error::new(Kind::Misuse, clause).hint(hint));
+    }
+    Ok(())
 }
 
 /// Whether bytes begin as a head does.
@@ -165,11 +194,16 @@ impl DomainInfo {
 
 /// The most elements that an XML of a domain may have.
 const NODES_MAX: u32 = 1 << 20;
+/// The element that libvirt wants an image's XML to be: `virDomainDefParse` of src/conf/domain_conf.c, 11.3.
+const ROOT_ELEMENT: &str = "domain";
+
+fn parsing_options<'a>() -> roxmltree::ParsingOptions<'a> {
+    roxmltree::ParsingOptions { nodes_limit: NODES_MAX, ..Default::default() }
+}
 
 /// The text of a child of the document's element; `None` where there is none, or the text is no XML.
 fn child_text(xml: &str, element: &str) -> Option<String> {
-    let options = roxmltree::ParsingOptions { nodes_limit: NODES_MAX, ..Default::default() };
-    let document = roxmltree::Document::parse_with_options(xml, options).ok()?;
+    let document = roxmltree::Document::parse_with_options(xml, parsing_options()).ok()?;
     let found = document.root_element().children().find(|child| child.has_tag_name(element))?;
     found.text().map(|text| text.trim().to_owned())
 }
@@ -253,5 +287,27 @@ mod tests {
         }
         let deep = "<a>".repeat(1 << 18);
         assert_eq!(child_text(&deep, "name"), None);
+    }
+
+    #[test]
+    fn only_the_xml_of_a_domain_describes_one() {
+        for good in [
+            "<domain/>\n",
+            "<?xml version='1.0'?>\n<!-- by hand -->\n<domain type='kvm'><name>a</name></domain>",
+        ] {
+            require_domain_xml(good).unwrap_or_else(|error| panic!("{good}: {}", error.chain()));
+        }
+        let no_xml = "the description of the domain is no XML";
+        for (bad, expected) in [
+            ("root:x:0:0:root:/root:/bin/bash\n", no_xml),
+            ("", no_xml),
+            ("<domain>", no_xml),
+            ("<domain/><domain/>", no_xml),
+            ("<network/>", "the description of the domain is a <network>, and not a <domain>"),
+            ("<cookie><domain/></cookie>", "the description of the domain is a <cookie>, and not a <domain>"),
+        ] {
+            let error = require_domain_xml(bad).expect_err(bad);
+            assert_eq!((error.kind(), error.to_string().as_str()), (Kind::Misuse, expected), "{bad}");
+        }
     }
 }

@@ -28,7 +28,7 @@ pub use flow::{
 pub use format::Format;
 pub use image::Image;
 pub use libvirt::{DomainInfo, Payload};
-pub(crate) use libvirt::{decompress, decompress_once};
+pub(crate) use libvirt::{decompress, decompress_once, require_domain_xml};
 pub use libvirt_source::LibvirtSource;
 pub use mapped_ram::{BlockUse, MappedRamFile, Use};
 pub use mapped_ram_pages::MappedRamSource;

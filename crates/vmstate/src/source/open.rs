@@ -29,8 +29,12 @@ pub fn open_source(input: Input, format: Option<Format>) -> Result<Box<dyn Sourc
     match bytes {
         InputBytes::File(pair) => {
             let format = match format {
-                Some(format) => format,
-                None => Format::of(&pair.buffered, &path, start)?,
+                Some(format @ (Format::MappedRam | Format::Stream)) => format,
+                said => {
+                    let found = Format::of(&pair.buffered, &path, start)?;
+                    found.require_said(said, &path)?;
+                    found
+                }
             };
             match format {
                 Format::MappedRam => Ok(Box::new(MappedRamSource::open(pair, &path, start)?)),
@@ -101,8 +105,12 @@ pub fn open_placed(input: Input, format: Option<Format>) -> Result<OpenedPlaced>
         _ => Payload::of(&pair.buffered, &path, start)?,
     };
     let format = match format {
-        Some(format) => format,
-        None => Format::of_payload(&pair.buffered, &path, &payload)?,
+        Some(format @ (Format::MappedRam | Format::Stream)) => format,
+        said => {
+            let found = Format::of_payload(&pair.buffered, &path, &payload)?;
+            found.require_said(said, &path)?;
+            found
+        }
     };
     let (source, pages): (Box<dyn Source>, Arc<dyn PlacedPages>) = match format {
         _ if format.has_places() => {

@@ -4,8 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use vmstate::libvirt::PayloadFormat;
 use vmstate::source::Format;
-use vmstate::{Cancel, ConvertSettings, Kind, Unobserved};
+use vmstate::{Cancel, CompareSettings, Compared, ConvertSettings, Kind, Unobserved};
 
 use super::images::{Guest, Page, read_mapped_ram, read_stream};
 use super::{directory, run, settings};
@@ -166,6 +167,42 @@ fn what_cannot_be_is_said_before_anything_is_written() {
         Kind::Unsupported,
         "mapped-ram",
     );
+    let libvirts = |payload| Format::Libvirt(payload);
+    let raw = libvirts(PayloadFormat::Raw);
+    let with = |xml: &str, settings| ConvertSettings { domain_xml: Some(xml.to_owned()), ..settings };
+    run(&with("<domain/>", to(&stream, "raw", raw))).unwrap_or_else(|error| panic!("{}", error.chain()));
+    for said in [PayloadFormat::Zstd, PayloadFormat::Sparse] {
+        let words = format!("raw is a libvirt-raw image, and not libvirt-{said}");
+        let format = libvirts(said);
+        check(
+            &ConvertSettings { from_format: Some(format), ..to(&at("raw"), "to", Format::Stream) },
+            Kind::Misuse,
+            &words,
+        );
+        let one = Compared { format: Some(format), ..Compared::new(at("raw")) };
+        let error = vmstate::compare(
+            &CompareSettings::new(one, Compared::new(at("raw"))),
+            &Cancel::new().unwrap(),
+            &Unobserved,
+        );
+        assert!(error.expect_err(&words).to_string().contains(&words), "compared as {said}");
+    }
+    check(
+        &ConvertSettings { from_format: Some(raw), ..to(&stream, "to", Format::Stream) },
+        Kind::Misuse,
+        "stream is a stream image, and not libvirt-raw",
+    );
+    for format in Format::ALL {
+        check(
+            &with("<domain/>", to(&stream, "to", format)),
+            Kind::Misuse,
+            "only an image of libvirt begins with a description of the domain",
+        );
+    }
+    let password = "root:x:0:0:root:/root:/bin/bash\n";
+    check(&with(password, to(&stream, "to", raw)), Kind::Misuse, "the description of the domain is no XML");
+    check(&with("<network/>", to(&stream, "to", raw)), Kind::Misuse, "is a <network>, and not a <domain>");
+    std::fs::remove_file(at("raw")).unwrap();
     assert_eq!(std::fs::read(at("there")).unwrap(), b"mine");
     assert_eq!(others(directory.path(), &["mapped", "stream", "there", "fifo"]), Vec::<PathBuf>::new());
 }

@@ -13,6 +13,7 @@ use crate::libvirt::{Connection, DomainName, GivingUp, LibvirtUri};
 use crate::net::QmpAddress;
 use crate::qmp::Version;
 use crate::sink::{Domain, Envelope};
+use crate::source::require_domain_xml;
 use crate::{Error, Kind, Result};
 
 /// The first libvirt that reads `sparse` images: 11.2.
@@ -37,6 +38,7 @@ pub(super) fn choose(
         let format = writing::format_for(settings.format, kind)?;
         return match (format, settings.domain_xml.clone()) {
             (SaveFormat::Libvirt(payload), Some(xml)) => {
+                require_domain_xml(&xml)?;
                 Ok((format, Some(Envelope::new(payload, Domain { xml, cookie: None })?)))
             }
             (SaveFormat::Libvirt(_), None) => {
