@@ -4,13 +4,15 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use lab::{Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
 use vmstate::codec::{Codec, Compressor};
+use vmstate::libvirt::PayloadFormat;
 use vmstate::net::QmpAddress;
-use vmstate::source::{Format, MappedRamFile, Payload, open_image};
+use vmstate::source::{Format, Input, MappedRamFile, Pages, Payload, open_image, open_source};
 use vmstate::{
-    Cancel, ConvertReport, ConvertSettings, Kind, Record, RestoreReport, RestoreSettings, Result,
+    Cancel, ConvertReport, ConvertSettings, DirectIo, Kind, Record, RestoreReport, RestoreSettings, Result,
     SaveSettings, Target, Unobserved, Via,
 };
 use vmstate_rig::{client, unpack_golden};
@@ -209,10 +211,70 @@ fn told(image: &Path) -> (String, Option<String>, bool) {
     (head.xml, head.cookie, head.was_running)
 }
 
-/// The device sections: name, instance, length.
-fn devices(image: &Path) -> Vec<(String, u32, u64)> {
-    let devices = vmstate::info(image).unwrap().devices;
-    devices.into_iter().map(|device| (device.name, device.instance_id, device.bytes)).collect()
+/// The device state as it stands in an image of libvirt: all sections and what describes them, byte for byte.
+fn devices(image: &Path) -> Vec<u8> {
+    let input = Input::open(image, 0, DirectIo::Off, &Cancel::new().unwrap()).unwrap();
+    let mut source = open_source(input, None).unwrap();
+    if let Pages::Flowing(pages) = source.pages().unwrap() {
+        pages.for_each(&mut |_| Ok(())).unwrap();
+    }
+    let early = source.shape().early_bytes();
+    [early, source.tail().unwrap().bytes].concat()
+}
+
+/// A file system in memory, of a length as mount wants it; unmounted at the end.
+struct Small(tempfile::TempDir);
+
+impl Small {
+    fn new(size: &str) -> Small {
+        let dir = tempfile::tempdir().unwrap();
+        let size = format!("size={size}");
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(dir.path()).status();
+        assert!(mounted.unwrap().success(), "this test needs root, for a disk that is really full");
+        Small(dir)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        // Lazily: what other threads start has our descriptors until its program begins.
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn what_is_compressed_needs_the_room_that_it_takes_and_no_more() {
+    let unpacked = Unpacked::new();
+    let image = unpacked.image("raw");
+    let to = |disk: &Small, format| ConvertSettings::new(&image, disk.0.path().join("to"), format);
+    let run = |settings: &ConvertSettings| vmstate::convert(settings, &Cancel::new().unwrap(), &Unobserved);
+    let zstd = Format::Libvirt(PayloadFormat::Zstd);
+    let raw = Format::Libvirt(PayloadFormat::Raw);
+    let disk = Small::new("340k");
+
+    let error = run(&to(&disk, raw)).unwrap_err();
+    let expected = format!("the file system of {} has 0 MiB left", disk.0.path().join("to").display());
+    assert!(error.to_string().starts_with(&expected), "{}", error.chain());
+
+    run(&to(&disk, zstd)).unwrap_or_else(|error| panic!("{}", error.chain()));
+    let made = disk.0.path().join("to");
+    assert_eq!(vmstate::check(&made).unwrap().report.faults, []);
+    assert!(made.metadata().unwrap().len() < 340 << 10);
+
+    let full = Small::new("128k");
+    for format in Format::LIBVIRT.into_iter().filter(|format| format.is_compressed()) {
+        let error = run(&to(&full, format)).unwrap_err();
+        let what = format!("{}: {}", format.name(), error.chain());
+        assert_eq!(error.kind(), Kind::Io, "{what}");
+        assert_eq!(
+            error.to_string(),
+            format!("cannot write {}", full.0.path().join("to").display()),
+            "{what}"
+        );
+        assert!(error.chain().ends_with("No space left on device (os error 28)"), "{what}");
+        assert_eq!(std::fs::read_dir(full.0.path()).unwrap().count(), 0, "{what}");
+    }
 }
 
 #[test]
@@ -233,7 +295,7 @@ fn every_format_becomes_every_other_and_says_the_same() {
             assert_eq!(vmstate::check(&there).unwrap().report.faults, [], "{what}");
             assert_eq!(vmstate::info(&there).unwrap().format, to.name(), "{what}");
             assert_eq!(told(&there), told(&image), "{what}");
-            assert_eq!(devices(&there), sections, "{what}");
+            assert!(devices(&there) == sections, "{what}: another device state");
             convert(&there, &back, Format::MappedRam);
             assert!(memory_of(&back) == ram, "{what}: another memory");
             // What QEMU itself records is what the head says: without it a guest that ran would come back paused.

@@ -12,9 +12,10 @@ use std::time::Duration;
 use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
 use rustix::process::{Pid, Signal, kill_process};
 use vmstate::net::QmpAddress;
+use vmstate::source::Format;
 use vmstate::{
-    Cancel, DirectIo, Error, Kind, Observer, Record, Rehearsal, RestoreReport, RestoreSettings, SaveFormat,
-    SaveReport, SaveSettings, Target, Unobserved, Via,
+    Cancel, ConvertSettings, DirectIo, Error, Kind, Observer, Record, Rehearsal, RestoreReport,
+    RestoreSettings, SaveFormat, SaveReport, SaveSettings, Target, Unobserved, Via,
 };
 use vmstate_rig::{DEADLINE, Hook, StockLoad, client, stock_load, verify_image};
 
@@ -436,6 +437,25 @@ fn a_guest_of_some_size_is_rehearsed_with_a_short_trial() {
     assert!(found.expected.is_some_and(|time| !time.is_zero()), "{found:?}");
     assert_eq!(wanted.expected, None, "what is not ours to choose is not tried");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_stream_onto_a_device_is_refused_with_what_a_device_takes() {
+    let (device, directory) = (Loop::new(1), images());
+    let image = directory.path().join("image");
+    vmstate_rig::unpack_wire_golden("q35-10.0-stream", &image);
+    let settings = ConvertSettings::new(&image, &device.path, Format::Stream);
+    let settings = ConvertSettings { overwrite: true, ..settings };
+    let place = directory.path().join("place");
+    fs::write(&place, "mine").unwrap();
+    let in_place = ConvertSettings { to: place, to_offset: Some(4), ..settings.clone() };
+    for (settings, hint) in [
+        (settings, "give a new file; a device takes a mapped-ram or libvirt-sparse image"),
+        (in_place, "leave --offset out, or give another place"),
+    ] {
+        let (kind, chain, said) = told(vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved));
+        assert_eq!((kind, said.as_str()), (Kind::Misuse, hint), "{chain}");
+    }
 }
 
 /// A file system of 48 MiB in memory, unmounted at the end.

@@ -2,6 +2,7 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::path::Path;
 
 /// Whose fault a failure is; a caller may match on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -83,6 +84,15 @@ impl Error {
             Some(lanes) => Ok(Error::from(lanes.clone())),
             None => Err(error),
         }
+    }
+
+    /// Names the file of a write that failed in a lane, which knows of descriptors alone.
+    pub(crate) fn of_file(mut self, path: &Path) -> Error {
+        let lanes = self.0.source.as_ref().and_then(|source| source.downcast_ref::<io::LaneError>());
+        if let Some(io::LaneError::Write { .. } | io::LaneError::DirectRefused { .. }) = lanes {
+            self.0.clause = format!("cannot write {}", path.display());
+        }
+        self
     }
 
     /// QEMU's refusal of a command, in its own words; it goes on all the same.

@@ -148,12 +148,17 @@ pub fn convert(
     };
     let (device_bytes, memory_bytes) = {
         let mut sink = create_sink(settings.to_format, &target, means)?;
-        require_room(&target, &*source, &*sink, expected)?;
+        // What is compressed takes what it takes: nothing is known of that beforehand.
+        if !settings.to_format.is_compressed() {
+            require_room(&target, &*source, &*sink, expected)?;
+        }
         watch.phase("ram");
         if let Some(expected) = expected {
             watch.progress.expect(expected);
         }
-        carry(&mut *source, &mut *sink, &mut watch)?
+        let keeps_head = matches!(settings.to_format, Format::Libvirt(_));
+        carry(&mut *source, &mut *sink, keeps_head, &mut watch)
+            .map_err(|error| error.of_file(&settings.to))?
     };
     let direct_io_reason = match target.direct_io() {
         io::DirectIo::Unsupported { reason } => Some(reason),
@@ -231,14 +236,20 @@ fn refuse_itself(settings: &ConvertSettings) -> Result<()> {
 }
 
 /// Moves the guest, all but what makes it an image under its name; gives the length of the device state and what
-/// memory it took.
-fn carry(source: &mut dyn Source, sink: &mut dyn Sink, watch: &mut Stopwatch<'_>) -> Result<(u64, u64)> {
+/// memory it took. Where the image has no head of libvirt's, what that of the source says goes into the device state.
+fn carry(
+    source: &mut dyn Source,
+    sink: &mut dyn Sink,
+    keeps_head: bool,
+    watch: &mut Stopwatch<'_>,
+) -> Result<(u64, u64)> {
     let shape = source.shape().clone();
     sink.write_pages(&shape, source.pages()?)?;
     let memory_bytes = anonymous_memory_bytes();
     watch.progress.complete();
     watch.phase("metadata");
     let tail = source.tail()?;
+    let tail = if keeps_head { tail } else { tail.settled(source.path())? };
     sink.complete(&tail)?;
     Ok((tail.bytes.len() as u64, memory_bytes))
 }

@@ -31,9 +31,12 @@ fn refuse_misfits(format: Format, target: &Target) -> Result<()> {
             format!("a {} image cannot go into a pipe, which has no offsets", format.name()),
             "give a file, or -O stream",
         ),
-        (true, Target::Place(_)) => refuse(
+        (true, Target::Place(place)) => refuse(
             format!("a {} image can only be a file of its own or go into a pipe", format.name()),
-            "leave --offset out, or give another place",
+            match place.is_device() {
+                true => "give a new file; a device takes a mapped-ram or libvirt-sparse image",
+                false => "leave --offset out, or give another place",
+            },
         ),
         _ => Ok(()),
     }

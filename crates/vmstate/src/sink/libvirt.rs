@@ -107,7 +107,10 @@ impl Sink for LibvirtSink<'_> {
     }
 
     fn complete(&mut self, tail: &Tail) -> Result<()> {
-        let was_running = was_running(tail, self.target)?;
+        let was_running = match tail.was_running {
+            Some(was_running) => was_running,
+            None => was_running(tail, self.target)?,
+        };
         let is_sequential = self.target.is_sequential();
         if is_sequential && !was_running {
             let clause = "the guest was paused, and the head in the pipe says already that it ran";

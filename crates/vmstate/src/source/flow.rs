@@ -9,8 +9,11 @@ use page::{Mask, PageIndex, PageSize, RamBlock};
 use wire::libvirt::Head;
 use wire::qemu::format::{MAPPED_RAM, VMDESCRIPTION_HEADER_LEN, X_IGNORE_SHARED};
 use wire::qemu::vmdesc::{self, VmDescription};
-use wire::qemu::{BlockEntry, Configuration, DeviceSection, DeviceState, SectionHeader, split_sections};
+use wire::qemu::{
+    BlockEntry, Configuration, DeviceSection, DeviceState, SectionHeader, global_state, split_sections,
+};
 
+use super::libvirt::effective_run_state;
 use super::mapped_ram::faulty;
 use super::{Bounds, Format, open_image};
 use crate::job::DirectIo;
@@ -98,9 +101,35 @@ pub struct Tail {
     pub bytes: Vec<u8>,
     /// Where in the source the first of them stands, for messages.
     pub at: u64,
+    /// Whether libvirt's head says that the guest ran, where there is one: it counts more than what `bytes` record.
+    pub was_running: Option<bool>,
 }
 
 impl Tail {
+    /// The same for whoever does not see libvirt's head: where that has another run state than the device state, the
+    /// device state gets it. libvirt stops a guest before it has QEMU save it, so QEMU records that it was paused.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] and [`Kind::Unsupported`], with file, offset and field.
+    pub fn settled(mut self, path: &Path) -> Result<Tail> {
+        let was_running = self.was_running.take();
+        if was_running.is_none() {
+            return Ok(self);
+        }
+        let devices = self.devices(path)?;
+        let Some(section) = devices.section(global_state::GLOBAL_STATE_SECTION, 0) else { return Ok(self) };
+        let range = section.payload;
+        let at = |offset: u64| usize::try_from(offset.saturating_sub(self.at)).unwrap_or(usize::MAX);
+        let places = at(range.start)..at(range.end);
+        let Some(payload) = self.bytes.get_mut(places) else { return Ok(self) };
+        let recorded = global_state::run_state(payload).ok();
+        let counts = effective_run_state(was_running, recorded);
+        if let Some(state) = counts.filter(|state| Some(*state) != recorded) {
+            global_state::patch_run_state(payload, state).map_err(|fault| faulty(path, fault))?;
+        }
+        Ok(self)
+    }
+
     /// The sections, by offsets that count from [`Tail::at`] on as in the source.
     ///
     /// # Errors

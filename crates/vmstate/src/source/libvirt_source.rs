@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use io::{Cancel, Inflow, ReadPair};
 use wire::DecodeError;
 use wire::libvirt::{Head, PayloadFormat};
-use wire::qemu::global_state;
 
 use super::extents::TAIL_LEN_MAX;
 use super::flow::{GuestShape, Pages, Source, Tail};
@@ -58,6 +57,11 @@ impl LibvirtSource {
             Box::new(StreamSource::open(Box::new(from), path, payload.at, Some(bounds.len()))?)
         };
         Ok(LibvirtSource { head, inner })
+    }
+
+    /// What stands behind a head, opened in another way.
+    pub(super) fn around(head: Head, inner: Box<dyn Source>) -> LibvirtSource {
+        LibvirtSource { head, inner }
     }
 
     /// Opens an image that comes out of a pipe: raw, or compressed, which one thread decompresses.
@@ -186,22 +190,9 @@ impl Source for LibvirtSource {
         self.inner.pages()
     }
 
-    /// As QEMU wrote it, but for the run state where libvirt's head has another: libvirt stops a guest before QEMU
-    /// saves it, so QEMU has noted that it was paused.
+    /// As QEMU wrote it, and beside it whether libvirt's head says that the guest ran.
     fn tail(&mut self) -> Result<Tail> {
-        let mut tail = self.inner.tail()?;
-        if self.head.was_running {
-            let devices = tail.devices(self.inner.path())?;
-            if let Some(section) = devices.section(global_state::GLOBAL_STATE_SECTION, 0) {
-                let range = section.payload;
-                let at = |offset: u64| usize::try_from(offset.saturating_sub(tail.at)).unwrap_or(usize::MAX);
-                if let Some(payload) = tail.bytes.get_mut(at(range.start)..at(range.end)) {
-                    global_state::patch_run_state(payload, "running")
-                        .map_err(|fault| faulty(self.inner.path(), fault))?;
-                }
-            }
-        }
-        Ok(tail)
+        Ok(Tail { was_running: Some(self.head.was_running), ..self.inner.tail()? })
     }
 }
 

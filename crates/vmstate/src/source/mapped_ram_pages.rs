@@ -111,7 +111,7 @@ impl Source for MappedRamSource {
         let layout = image.layout();
         let end = layout.vmdesc.map_or(layout.device_state.end, |vmdesc| vmdesc.end);
         let at = layout.device_state.start;
-        let tail = Tail { bytes: image.read(FileRange::new(at, end))?, at };
+        let tail = Tail { bytes: image.read(FileRange::new(at, end))?, at, was_running: None };
         tail.devices(image.path())?;
         Ok(tail)
     }

@@ -133,5 +133,9 @@ pub fn open_placed(input: Input, format: Option<Format>) -> Result<OpenedPlaced>
             (Box::new(source), Arc::new(index))
         }
     };
+    let source = match payload.head {
+        Some(head) => Box::new(LibvirtSource::around(head, source)),
+        None => source,
+    };
     Ok(OpenedPlaced { format, source, pages })
 }

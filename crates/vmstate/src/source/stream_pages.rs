@@ -216,7 +216,7 @@ impl Source for StreamSource {
             let problem = format!("more than {TAIL_LEN_MAX:#x} bytes");
             return Err(faulty(path, Fault::unsupported(at, "device state", problem)));
         }
-        let tail = Tail { bytes, at };
+        let tail = Tail { bytes, at, was_running: None };
         // The lengths of early sections were guesses, which the description confirms or not.
         let early: Vec<_> = self.shape.early.iter().map(|early| early.section.clone()).collect();
         let description = if early.is_empty() { None } else { tail.vmdescription(path)? };
