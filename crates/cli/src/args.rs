@@ -470,7 +470,8 @@ pub struct Compare {
     #[arg(long)]
     pub devices_only: bool,
 
-    /// A device section or RAM block that may differ, by its name or what is behind its last slash; may be given again
+    /// A device section or RAM block that may differ, by its name or what is behind its last slash; XML and cookie are
+    /// those of libvirt; may be given again
     #[arg(long, value_name = "NAME")]
     pub ignore: Vec<String>,
 

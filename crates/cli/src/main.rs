@@ -1,6 +1,7 @@
 //! The binary `vmstate`: arguments → settings → one file per command. The only place that prints.
 
 mod args;
+mod buffer;
 mod commands;
 mod monitor;
 mod output;

@@ -1,11 +1,12 @@
 //! `vmstate compare`.
 
-use vmstate::job::{BlockDifference, SectionDifference, ValueDifference};
+use vmstate::job::{BlockDifference, SectionDifference, TextDifference, ValueDifference};
 use vmstate::{CompareSettings, Compared, Comparison};
 
 use super::Outcome;
 use super::convert::format;
 use crate::args::Compare;
+use crate::buffer;
 use crate::output::{Reporter, line, print_json, size};
 use crate::progress::Told;
 use crate::signals::cancel_on_signals;
@@ -51,13 +52,32 @@ fn page(settings: &CompareSettings, found: &Comparison) {
     }
     line(format!("{one} ({first}) and {other} ({second}) differ"));
     found.machine.iter().for_each(|difference| value("  ", difference));
+    found.domain.iter().for_each(text);
     found.blocks.iter().for_each(block);
     found.sections.iter().for_each(section);
 }
 
-fn value(indent: &str, ValueDifference { name, one, other }: &ValueDifference) {
+fn text(TextDifference { name, bytes, first }: &TextDifference) {
+    line(match bytes {
+        [Some(_), None] => format!("  libvirt's {name}: only in the first"),
+        [None, _] => format!("  libvirt's {name}: only in the second"),
+        [Some(_), Some(_)] => format!("  libvirt's {name}: first at byte {:#x}", first.unwrap_or(0)),
+    });
+}
+
+fn value(indent: &str, ValueDifference { name, one, other, is_bytes }: &ValueDifference) {
+    let bytes = |value: &Option<String>| value.as_deref().filter(|_| *is_bytes).and_then(undigested);
+    if let (Some(one), Some(other)) = (bytes(one), bytes(other)) {
+        return line(format!("{indent}{name}: {}", buffer::apart(&one, &other)));
+    }
     let or_none = |value: &Option<String>| value.clone().unwrap_or_else(|| "nothing".to_owned());
     line(format!("{indent}{name}: {} and {}", or_none(one), or_none(other)));
+}
+
+/// The bytes that hexadecimal digits stand for.
+fn undigested(digits: &str) -> Option<Vec<u8>> {
+    let pairs = digits.as_bytes().chunks(2);
+    pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
 }
 
 fn block(block: &BlockDifference) {

@@ -78,7 +78,7 @@ fn an_image_is_converted_and_compared_by_files_and_pipes() {
     assert_eq!((differ.code, &found["same"]), (Some(1), &false.into()));
     assert_eq!(
         keys(&found),
-        ["blocks", "compared_bytes", "formats", "machine", "pages_different", "same", "sections"]
+        ["blocks", "compared_bytes", "domain", "formats", "machine", "pages_different", "same", "sections"]
     );
     for options in ["--devices-only", "--ignore pc.ram"] {
         assert_eq!(run(&format!("compare {options} {image} {again}")).code, Some(0), "{options}");

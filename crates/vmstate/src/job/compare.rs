@@ -1,14 +1,19 @@
 //! Compare: in what two images of guests differ, whatever their formats.
 
+use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 
 use io::{AlignedBuffer, Cancel, ReadAhead};
 use page::{Mask, PageIndex, WINDOW_PAGES};
 use serde::Serialize;
+use wire::libvirt::Head;
+use wire::qemu::DeviceSection;
 
 use super::inspect::SectionReader;
 use super::{DirectIo, Observer, Stopwatch};
-use crate::source::{Format, GuestShape, Input, KnownWindow, OpenedPlaced, PlacedPages, Source, open_placed};
+use crate::source::{
+    Format, GuestShape, Input, KnownWindow, OpenedPlaced, PlacedPages, Source, Tail, open_placed,
+};
 use crate::{Error, Result};
 
 /// How many ranges of pages are told of a block, and how many fields of a section; the rest is counted.
@@ -47,7 +52,8 @@ pub struct CompareSettings {
     pub ram: bool,
     /// Whether the device state is compared.
     pub devices: bool,
-    /// Device sections and RAM blocks that do not count, by name; a device also by what is behind its last slash.
+    /// Device sections and RAM blocks that do not count, by name; a device also by what is behind its last slash. `XML`
+    /// and `cookie` are what libvirt's head has.
     pub ignore: Vec<String>,
     /// Whether pages are read past the page cache.
     pub direct_io: DirectIo,
@@ -83,6 +89,8 @@ pub struct Comparison {
     pub formats: [&'static str; 2],
     /// Differences of the machines: what, and how it is in either.
     pub machine: Vec<ValueDifference>,
+    /// Differences of what libvirt's heads say, where both images have one.
+    pub domain: Vec<TextDifference>,
     /// The blocks that differ.
     pub blocks: Vec<BlockDifference>,
     /// How many bytes of pages were read of both and compared.
@@ -102,6 +110,20 @@ pub struct ValueDifference {
     pub one: Option<String>,
     /// In the second.
     pub other: Option<String>,
+    /// Whether the values are bytes, as hexadecimal digits.
+    #[serde(skip)]
+    pub is_bytes: bool,
+}
+
+/// A text of libvirt's head that differs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TextDifference {
+    /// `XML` or `cookie`.
+    pub name: &'static str,
+    /// Its length in either; `None` where there is none.
+    pub bytes: [Option<u64>; 2],
+    /// The offset in the text of the first byte that differs; the end of the shorter where that is the difference.
+    pub first: Option<u64>,
 }
 
 /// A block whose memory differs.
@@ -139,14 +161,16 @@ pub struct SectionDifference {
     pub bytes: [Option<u64>; 2],
     /// The offset in the payload of the first byte that differs; the end of the shorter where that is the difference.
     pub first: Option<u64>,
-    /// The fields that differ, where both images tell what fields there are; the first 64.
+    /// The fields that differ, where either image or a schema tells what fields there are; the first 64.
     pub fields: Vec<ValueDifference>,
     /// How many more there are.
     pub more_fields: u64,
 }
 
 /// Compares two images. A page that is not in an image equals one of zeroes; how an image keeps its pages, what its
-/// device state is described by and what was noted about its making do not count.
+/// device state is described by and what was noted about its making do not count. The run state is the one that a
+/// restore brings the guest to, whether libvirt's head says it or the device state. XML and cookie are compared where
+/// both images have a head of libvirt's and all of them is compared.
 ///
 /// Of a stream, the offsets of its pages are kept in memory, 2 MiB for a GiB of data; one that is compressed is
 /// decompressed into a file without a name, in `TMPDIR` or /var/tmp. One that comes out of a pipe is not taken.
@@ -168,14 +192,22 @@ pub fn compare(settings: &CompareSettings, cancel: &Cancel, observer: &dyn Obser
         same: false,
         formats: [one_format.name(), other_format.name()],
         machine: machine(one.shape(), other.shape()),
+        domain: Vec::new(),
         blocks: Vec::new(),
         compared_bytes: 0,
         pages_different: 0,
         sections: Vec::new(),
     };
+    if let (Some(one), Some(other), true, true) =
+        (one.domain(), other.domain(), settings.ram, settings.devices)
+    {
+        comparison.domain = domain(one, other);
+        comparison.domain.retain(|difference| !settings.ignores(difference.name));
+    }
     if settings.devices {
         watch.phase("devices");
-        let sections = [sections(&mut *one)?, sections(&mut *other)?];
+        let lifted = [Lifted::of(&mut *one)?, Lifted::of(&mut *other)?];
+        let sections = [lifted[0].sections(&lifted[1])?, lifted[1].sections(&lifted[0])?];
         comparison.sections = section_differences(sections, settings);
     }
     if settings.ram {
@@ -183,8 +215,10 @@ pub fn compare(settings: &CompareSettings, cancel: &Cancel, observer: &dyn Obser
         let sides = [(one.shape(), one_pages), (other.shape(), other_pages)];
         compare_ram(sides, settings, &mut comparison, cancel, &mut watch)?;
     }
-    comparison.same =
-        comparison.machine.is_empty() && comparison.blocks.is_empty() && comparison.sections.is_empty();
+    comparison.same = comparison.machine.is_empty()
+        && comparison.domain.is_empty()
+        && comparison.blocks.is_empty()
+        && comparison.sections.is_empty();
     Ok(comparison)
 }
 
@@ -206,54 +240,104 @@ fn machine(one: &GuestShape, other: &GuestShape) -> Vec<ValueDifference> {
     };
     let pairs = facts(one).into_iter().zip(facts(other));
     let differing = pairs.filter(|((_, one), (_, other))| one != other);
-    differing.map(|((name, one), (_, other))| ValueDifference { name: name.to_owned(), one, other }).collect()
+    differing
+        .map(|((name, one), (_, other))| ValueDifference {
+            name: name.to_owned(),
+            one,
+            other,
+            is_bytes: false,
+        })
+        .collect()
 }
 
-/// A device section, lifted out of its image.
+/// Compares what two heads of libvirt's say of the domain, but for its run state, which is that of the devices.
+fn domain(one: &Head, other: &Head) -> Vec<TextDifference> {
+    let texts = |head: &Head| [("XML", Some(head.xml.clone())), ("cookie", head.cookie.clone())];
+    let pairs = texts(one).into_iter().zip(texts(other)).filter(|((_, one), (_, other))| one != other);
+    pairs
+        .map(|((name, one), (_, other))| TextDifference {
+            name,
+            bytes: [&one, &other].map(|text| text.as_ref().map(|text| text.len() as u64)),
+            first: match (&one, &other) {
+                (Some(one), Some(other)) => first_difference(one.as_bytes(), other.as_bytes()),
+                _ => None,
+            },
+        })
+        .collect()
+}
+
+/// A device section with its fields.
 struct Section {
     name: String,
     instance_id: u32,
     version: u32,
     payload: Vec<u8>,
-    /// Paths of fields and their values, where the image tells.
-    fields: Option<Vec<(String, String)>>,
+    /// The fields, where something tells them.
+    fields: Option<Vec<FlatField>>,
 }
 
-fn sections(source: &mut dyn Source) -> Result<Vec<Section>> {
-    let tail = source.tail()?;
-    let path = source.path().to_owned();
-    let mut reader = SectionReader::of_tail(&tail, &path)?;
-    let mut lifted = Vec::new();
-    let mut lift = |section: &wire::qemu::DeviceSection, payload: &[u8]| {
-        reader.section(section, payload, &mut |report| {
-            let fields = match &report.content {
-                super::SectionContent::Fields(_, fields) => {
-                    let mut flat = Vec::new();
-                    flatten(fields, "", &mut flat);
-                    Some(flat)
-                }
-                super::SectionContent::Bytes(_) => None,
-            };
-            lifted.push(Section {
-                name: report.name.to_owned(),
-                instance_id: report.instance_id,
-                version: report.version,
-                payload: payload.to_vec(),
-                fields,
+/// The path of a field, and its value.
+#[derive(Clone, PartialEq, Eq)]
+struct FlatField {
+    name: String,
+    value: String,
+    is_bytes: bool,
+}
+
+/// The device state of an image, taken out of it.
+struct Lifted {
+    path: PathBuf,
+    tail: Tail,
+    sections: Vec<(DeviceSection, Vec<u8>)>,
+}
+
+impl Lifted {
+    fn of(source: &mut dyn Source) -> Result<Lifted> {
+        let path = source.path().to_owned();
+        let tail = source.tail()?.settled(&path)?;
+        let early = source.shape().early.iter();
+        let mut sections: Vec<_> =
+            early.map(|early| (early.section.clone(), early.payload().to_vec())).collect();
+        for section in tail.devices(&path)?.sections {
+            let payload = tail.part(section.payload).to_vec();
+            sections.push((section, payload));
+        }
+        Ok(Lifted { path, tail, sections })
+    }
+
+    /// The sections, their fields told by what the image itself says, or the other one of a section of that name and
+    /// version where it accounts for every byte.
+    fn sections(&self, other: &Lifted) -> Result<Vec<Section>> {
+        let mut reader = SectionReader::of_tail(&self.tail, &self.path)?;
+        if let Some(description) = other.tail.vmdescription(&other.path)? {
+            reader.describe_by(description);
+        }
+        let mut told = Vec::new();
+        for (section, payload) in &self.sections {
+            reader.section(section, payload, &mut |report| {
+                let fields = match &report.content {
+                    super::SectionContent::Fields(_, fields) => {
+                        let mut flat = Vec::new();
+                        flatten(fields, "", &mut flat);
+                        Some(flat)
+                    }
+                    super::SectionContent::Bytes(_) => None,
+                };
+                told.push(Section {
+                    name: report.name.to_owned(),
+                    instance_id: report.instance_id,
+                    version: report.version,
+                    payload: payload.clone(),
+                    fields,
+                });
             });
-        });
-    };
-    for early in &source.shape().early {
-        lift(&early.section, early.payload());
+        }
+        Ok(told)
     }
-    for section in &tail.devices(&path)?.sections {
-        lift(section, tail.part(section.payload));
-    }
-    Ok(lifted)
 }
 
 /// The fields as paths and values, structs and arrays unfolded.
-fn flatten(fields: &wire::qemu::fields::Fields<'_>, prefix: &str, flat: &mut Vec<(String, String)>) {
+fn flatten(fields: &wire::qemu::fields::Fields<'_>, prefix: &str, flat: &mut Vec<FlatField>) {
     for field in &fields.fields {
         let index = field.index.map_or_else(String::new, |index| format!("[{index}]"));
         flatten_value(&field.value, &format!("{prefix}{}{index}", field.name), flat);
@@ -263,7 +347,7 @@ fn flatten(fields: &wire::qemu::fields::Fields<'_>, prefix: &str, flat: &mut Vec
     }
 }
 
-fn flatten_value(value: &wire::qemu::fields::Value<'_>, path: &str, flat: &mut Vec<(String, String)>) {
+fn flatten_value(value: &wire::qemu::fields::Value<'_>, path: &str, flat: &mut Vec<FlatField>) {
     use wire::qemu::fields::Value;
     match value {
         Value::Struct(fields) => flatten(fields, &format!("{path}."), flat),
@@ -271,7 +355,11 @@ fn flatten_value(value: &wire::qemu::fields::Value<'_>, path: &str, flat: &mut V
             let each = values.iter().enumerate();
             each.for_each(|(i, value)| flatten_value(value, &format!("{path}[{i}]"), flat));
         }
-        plain => flat.push((path.to_owned(), plain.to_string())),
+        plain => flat.push(FlatField {
+            name: path.to_owned(),
+            value: plain.to_string(),
+            is_bytes: matches!(plain, Value::Bytes(_)),
+        }),
     }
 }
 
@@ -327,23 +415,24 @@ fn first_difference(one: &[u8], other: &[u8]) -> Option<u64> {
 }
 
 /// Names are unique but where a list has many elements: those are told apart by the order in which they come.
-fn field_differences(one: Vec<(String, String)>, other: Vec<(String, String)>) -> Vec<ValueDifference> {
-    use std::collections::{HashMap, VecDeque};
-    let mut values: HashMap<String, VecDeque<String>> = HashMap::new();
-    let order: Vec<String> = other.iter().map(|(name, _)| name.clone()).collect();
-    for (name, value) in other {
-        values.entry(name).or_default().push_back(value);
+fn field_differences(one: Vec<FlatField>, other: Vec<FlatField>) -> Vec<ValueDifference> {
+    let mut values: HashMap<String, VecDeque<FlatField>> = HashMap::new();
+    let order: Vec<String> = other.iter().map(|field| field.name.clone()).collect();
+    for field in other {
+        values.entry(field.name.clone()).or_default().push_back(field);
     }
     let mut differences = Vec::new();
-    for (name, value) in one {
-        let theirs = values.get_mut(&name).and_then(VecDeque::pop_front);
-        if theirs.as_ref() != Some(&value) {
-            differences.push(ValueDifference { name, one: Some(value), other: theirs });
+    for field in one {
+        let theirs = values.get_mut(&field.name).and_then(VecDeque::pop_front);
+        if theirs.as_ref() != Some(&field) {
+            let is_bytes = field.is_bytes && theirs.as_ref().is_none_or(|theirs| theirs.is_bytes);
+            let other = theirs.map(|theirs| theirs.value);
+            differences.push(ValueDifference { name: field.name, one: Some(field.value), other, is_bytes });
         }
     }
     for name in order {
-        if let Some(value) = values.get_mut(&name).and_then(VecDeque::pop_front) {
-            differences.push(ValueDifference { name, one: None, other: Some(value) });
+        if let Some(FlatField { value, is_bytes, .. }) = values.get_mut(&name).and_then(VecDeque::pop_front) {
+            differences.push(ValueDifference { name, one: None, other: Some(value), is_bytes });
         }
     }
     differences

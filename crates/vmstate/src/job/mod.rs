@@ -13,8 +13,8 @@ mod save;
 use std::time::{Duration, Instant};
 
 pub use compare::{
-    BlockDifference, CompareSettings, Compared, Comparison, SectionDifference, ValueDifference, compare,
-    compare_files,
+    BlockDifference, CompareSettings, Compared, Comparison, SectionDifference, TextDifference,
+    ValueDifference, compare, compare_files,
 };
 pub use convert::{ConvertReport, ConvertSettings, convert};
 pub use inspect::{BlockSummary, Check, ImageInfo, SectionSummary, check, check_at, info, info_at};

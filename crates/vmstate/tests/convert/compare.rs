@@ -1,10 +1,15 @@
 //! What differs is told, whatever the formats, and what does not count is not.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use vmstate::job::{MapKind, MapRun, MapSettings, MapVisitor, MappedImage, map, map_changes};
+use vmstate::job::{MapKind, MapRun, MapSettings, MapVisitor, MappedImage, TextDifference, map, map_changes};
+use vmstate::libvirt::PayloadFormat;
 use vmstate::source::Format;
 use vmstate::{Cancel, CompareSettings, Compared, Comparison, ConvertSettings, Kind, Unobserved};
+
+use wire::libvirt::Head;
 
 use super::images::{Guest, PAGE, Page};
 use super::{convert, directory, run, settings};
@@ -22,6 +27,7 @@ fn guest() -> Guest {
     Guest {
         is_described: true,
         blocks: vec![("pc.ram".into(), pages), ("rom".into(), vec![Page::Data(3); 3])],
+        ..Guest::default()
     }
 }
 
@@ -53,7 +59,8 @@ fn the_same_guest_is_the_same_in_every_format() {
 fn write_libvirt(guest: &Guest, to: &Path, format: Format) {
     let plain = to.with_extension("plain");
     guest.write_stream(&plain, &[]);
-    run(&ConvertSettings { domain_xml: Some("<domain/>\n".into()), ..settings(&plain, to, format) }).unwrap();
+    let settings = ConvertSettings { overwrite: true, ..settings(&plain, to, format) };
+    run(&ConvertSettings { domain_xml: Some("<domain/>\n".into()), ..settings }).unwrap();
 }
 
 #[derive(Default)]
@@ -165,10 +172,12 @@ fn blocks_that_only_one_has_or_of_other_lengths_differ() {
     let one = Guest {
         is_described: true,
         blocks: vec![("a".into(), vec![Page::Data(1); 4]), ("b".into(), vec![Page::Zero; 2])],
+        ..Guest::default()
     };
     let other = Guest {
         is_described: true,
         blocks: vec![("b".into(), vec![Page::Zero; 3]), ("c".into(), vec![Page::Data(1)])],
+        ..Guest::default()
     };
     one.write_mapped_ram(&at("one"), 0);
     other.write_mapped_ram(&at("other"), 0);
@@ -202,6 +211,162 @@ fn device_sections_that_differ_are_told_by_field() {
     assert_eq!(fields, [("rest", Some("0203".into()), Some("022a".into()))]);
     settings.ignore = vec!["timer".into()];
     assert!(compare(&settings).same);
+}
+
+/// The offset of the word of libvirt's head that says whether the guest ran.
+const WAS_RUNNING_AT: u64 = 24;
+
+/// As libvirt saves a guest: it stops it first, so that QEMU records `paused`, and says in its head how it was.
+fn write_as_libvirt(guest: &Guest, to: &Path, format: Format, was_running: bool) {
+    write_libvirt(&Guest { run_state: Some("paused"), ..guest.clone() }, to, format);
+    let file = File::options().write(true).open(to).unwrap();
+    file.write_all_at(&[u8::from(was_running)], WAS_RUNNING_AT).unwrap();
+}
+
+#[test]
+fn the_run_state_of_an_image_of_libvirt_is_the_one_in_its_head() {
+    let directory = directory();
+    let at = |name: &str| -> PathBuf { directory.path().join(name) };
+    let guest = guest();
+    for state in ["running", "paused"] {
+        Guest { run_state: Some(state), ..guest.clone() }.write_stream(&at(state), &[]);
+    }
+    for format in Format::LIBVIRT {
+        let (ran, stopped) = (at("ran"), at("stopped"));
+        write_as_libvirt(&guest, &ran, format, true);
+        write_as_libvirt(&guest, &stopped, format, false);
+        for (one, other, is_same) in [
+            (&ran, &at("running"), true),
+            (&at("running"), &ran, true),
+            (&stopped, &at("paused"), true),
+            (&ran, &at("paused"), false),
+            (&at("running"), &stopped, false),
+            (&ran, &stopped, false),
+        ] {
+            let found = compare(&CompareSettings::new(Compared::new(one), Compared::new(other)));
+            let what = format!("{}: {} and {}", format.name(), one.display(), other.display());
+            assert_eq!(found.same, is_same, "{what}: {found:?}");
+            let sections: Vec<_> = found.sections.iter().map(|section| section.name.as_str()).collect();
+            assert!(is_same || sections == ["globalstate"], "{what}: {found:?}");
+        }
+        // What QEMU recorded of a guest that ran in truth, which only its head says to be paused.
+        let plain = at("plain");
+        write_libvirt(&Guest { run_state: Some("running"), ..guest.clone() }, &stopped, format);
+        File::options().write(true).open(&stopped).unwrap().write_all_at(&[0], WAS_RUNNING_AT).unwrap();
+        run(&ConvertSettings { overwrite: true, ..settings(&stopped, &plain, Format::Stream) }).unwrap();
+        for image in [&stopped, &plain] {
+            let state = vmstate::info(image).unwrap().run_state;
+            assert_eq!(state.as_deref(), Some("paused"), "{}: {}", format.name(), image.display());
+        }
+    }
+}
+
+#[test]
+fn a_conversion_compares_equal_and_leaves_the_device_state_to_a_head_of_libvirts() {
+    let directory = directory();
+    let at = |name: &str| -> PathBuf { directory.path().join(name) };
+    let guest = guest();
+    let paused = Guest { run_state: Some("paused"), ..guest.clone() }.tail();
+    for from in Format::LIBVIRT {
+        for was_running in [true, false] {
+            let (image, to) = (at("image"), at("to"));
+            write_as_libvirt(&guest, &image, from, was_running);
+            for format in Format::ALL.into_iter().chain(Format::LIBVIRT) {
+                run(&ConvertSettings { overwrite: true, ..settings(&image, &to, format) }).unwrap();
+                let what = format!("{} to {}, {was_running}", from.name(), format.name());
+                for [one, other] in [[&image, &to], [&to, &image]] {
+                    let found = compare(&CompareSettings::new(Compared::new(one), Compared::new(other)));
+                    assert!(found.same, "{what}: {found:?}");
+                }
+                let state = if was_running { "running" } else { "paused" };
+                assert_eq!(vmstate::info(&to).unwrap().run_state.as_deref(), Some(state), "{what}");
+                // What is compressed is looked at by way of another head.
+                let bytes = match format {
+                    Format::Libvirt(payload) if payload.is_compressed() => {
+                        let raw = Format::Libvirt(PayloadFormat::Raw);
+                        run(&ConvertSettings { overwrite: true, ..settings(&to, &at("raw"), raw) }).unwrap();
+                        std::fs::read(at("raw")).unwrap()
+                    }
+                    _ => std::fs::read(&to).unwrap(),
+                };
+                let is_kept = bytes.ends_with(&paused);
+                assert_eq!(is_kept, !was_running || matches!(format, Format::Libvirt(_)), "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_libvirts_heads_say_of_the_domain_is_compared() {
+    let directory = directory();
+    let at = |name: &str| -> PathBuf { directory.path().join(name) };
+    let stream = guest().stream(&[]);
+    let write = |name: &str, xml: &str, cookie: Option<&str>| {
+        let head = Head::new(PayloadFormat::Raw, true, xml.to_owned(), cookie.map(str::to_owned)).unwrap();
+        let mut bytes = Vec::new();
+        head.encode(&mut bytes);
+        bytes.extend(&stream);
+        std::fs::write(at(name), bytes).unwrap();
+    };
+    write("one", "<domain/>\n", Some("<cookie/>"));
+    write("again", "<domain/>\n", Some("<cookie/>"));
+    write("other", "<domain id='1'/>\n", Some("<cookie/>"));
+    write("without", "<domain/>\n", None);
+    std::fs::write(at("plain"), &stream).unwrap();
+    let text = |name, bytes, first| TextDifference { name, bytes, first };
+    for (other, expected) in [
+        ("again", vec![]),
+        ("other", vec![text("XML", [Some(10), Some(17)], Some(7))]),
+        ("without", vec![text("cookie", [Some(9), None], None)]),
+        // An image of QEMU's own says nothing of a domain.
+        ("plain", vec![]),
+    ] {
+        let mut settings = CompareSettings::new(Compared::new(at("one")), Compared::new(at(other)));
+        let found = compare(&settings);
+        assert_eq!((found.same, &found.domain), (expected.is_empty(), &expected), "{other}");
+        settings.ignore = vec!["XML".into(), "cookie".into()];
+        assert!(compare(&settings).same, "{other}");
+        let parts = [(true, false), (false, true)];
+        for (ram, devices) in parts {
+            let settings = CompareSettings { ram, devices, ignore: Vec::new(), ..settings.clone() };
+            assert!(compare(&settings).same, "{other}: {ram} {devices}");
+        }
+    }
+}
+
+#[test]
+fn one_description_serves_both_images() {
+    let directory = directory();
+    let at = |name: &str| -> PathBuf { directory.path().join(name) };
+    guest().write_mapped_ram(&at("described"), 0);
+    Guest { is_opaque: true, ..guest() }.write_mapped_ram(&at("opaque"), 0);
+    // Another byte of the payload of the first section; another version of it.
+    let head = b"\x05timer\0\0\0\0\0\0\0\x02";
+    for (name, offset, byte) in [("changed", head.len() + 2, 0x2a), ("versioned", head.len() - 1, 3)] {
+        let mut bytes = std::fs::read(at("opaque")).unwrap();
+        let place = bytes.windows(head.len()).position(|window| window == head).unwrap();
+        bytes[place + offset] = byte;
+        std::fs::write(at(name), &bytes).unwrap();
+    }
+    let (was, is) = (Some("0203".to_owned()), Some("022a".to_owned()));
+    let field = |one: &Option<String>, other: &Option<String>| {
+        vec![("rest".to_owned(), one.clone(), other.clone(), true)]
+    };
+    for (one, other, expected) in [
+        ("described", "changed", field(&was, &is)),
+        ("changed", "described", field(&is, &was)),
+        // Nobody tells: neither describes itself, or the one that does has another version.
+        ("opaque", "changed", vec![]),
+        ("described", "versioned", vec![]),
+    ] {
+        let found = compare(&CompareSettings::new(Compared::new(at(one)), Compared::new(at(other))));
+        let [section] = &found.sections[..] else { panic!("{one} {other}: {found:?}") };
+        assert_eq!(section.name, "timer");
+        let fields = section.fields.iter();
+        let fields: Vec<_> =
+            fields.map(|f| (f.name.clone(), f.one.clone(), f.other.clone(), f.is_bytes)).collect();
+        assert_eq!(fields, expected, "{one} {other}");
+    }
 }
 
 #[test]

@@ -45,12 +45,23 @@ impl Page {
     }
 }
 
+/// The payload of a `globalstate` section.
+fn global_state(state: &str) -> Vec<u8> {
+    let mut payload = vec![0; wire::qemu::global_state::PAYLOAD_LEN];
+    wire::qemu::global_state::patch_run_state(&mut payload, state).unwrap();
+    payload
+}
+
 /// A guest: its blocks, each with its pages.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Guest {
     pub blocks: Vec<(String, Vec<Page>)>,
     /// Whether its device state is described, and has an early section, which cannot be told apart without that.
     pub is_described: bool,
+    /// Whether the description says no more than how long the sections are, as vmstate's does.
+    pub is_opaque: bool,
+    /// The run state that its device state records, if it records one.
+    pub run_state: Option<&'static str>,
 }
 
 impl Guest {
@@ -97,11 +108,19 @@ impl Guest {
     /// Device state and its description, if there is one, up to the end of the file.
     pub fn tail(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        let early = Field::plain("bitmap", "buffer", EARLY_LEN as u64);
+        let whole = |len: usize| Field::plain("data", "buffer", len as u64);
+        let early = match self.is_opaque {
+            true => whole(EARLY_LEN),
+            false => Field::plain("bitmap", "buffer", EARLY_LEN as u64),
+        };
         let mut devices = vec![Device { name: EARLY.into(), fields: vec![early], ..Device::default() }];
-        for (id, name, payload) in
-            [(3, "timer", vec![1, 2, 3]), (9, "0000:00:02.0/vga", vec![0x7e; 300]), (12, "empty", vec![])]
-        {
+        let mut sections = vec![
+            (3, "timer", vec![1, 2, 3]),
+            (9, "0000:00:02.0/vga", vec![0x7e; 300]),
+            (12, "empty", vec![]),
+        ];
+        sections.extend(self.run_state.map(|state| (13, "globalstate", global_state(state))));
+        for (id, name, payload) in sections {
             SectionHeader {
                 kind: wire::qemu::SectionKind::Full,
                 section_id: id,
@@ -112,11 +131,14 @@ impl Guest {
             .encode(&mut bytes);
             bytes.extend(&payload);
             Item::Footer { section_id: id }.encode(&mut bytes);
-            let fields = vec![
-                Field::plain("first", "uint8", payload.len().min(1) as u64),
-                Field::plain("rest", "buffer", payload.len().saturating_sub(1) as u64),
-            ];
-            devices.push(Device { name: name.into(), fields, ..Device::default() });
+            let fields = match self.is_opaque {
+                true => vec![whole(payload.len())],
+                false => vec![
+                    Field::plain("first", "uint8", payload.len().min(1) as u64),
+                    Field::plain("rest", "buffer", payload.len().saturating_sub(1) as u64),
+                ],
+            };
+            devices.push(Device { name: name.into(), version: Some(2), fields, ..Device::default() });
         }
         bytes.push(0);
         if !self.is_described {

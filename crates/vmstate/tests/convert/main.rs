@@ -64,7 +64,7 @@ fn guest() -> impl Strategy<Value = Guest> {
             last.splice(0..0, std::iter::repeat_n(Page::Absent, absent));
         }
         let named = blocks.into_iter().enumerate().map(|(i, pages)| (format!("block.{i}"), pages));
-        Guest { is_described, blocks: named.collect() }
+        Guest { is_described, blocks: named.collect(), ..Guest::default() }
     })
 }
 
@@ -141,7 +141,11 @@ fn sparse_guest() -> Guest {
     large[5] = Page::Blank;
     large[19_999] = Page::Data(2);
     let small = vec![Page::Zero, Page::Data(3), Page::Absent];
-    Guest { is_described: true, blocks: vec![("large".into(), large), ("small".into(), small)] }
+    Guest {
+        is_described: true,
+        blocks: vec![("large".into(), large), ("small".into(), small)],
+        ..Guest::default()
+    }
 }
 
 #[test]

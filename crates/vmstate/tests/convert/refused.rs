@@ -16,6 +16,7 @@ fn small_guest() -> Guest {
     Guest {
         is_described: true,
         blocks: vec![("pc.ram".into(), pages.repeat(5)), ("rom".into(), vec![Page::Data(7)])],
+        ..Guest::default()
     }
 }
 

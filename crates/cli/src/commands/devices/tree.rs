@@ -3,6 +3,7 @@
 use vmstate::job::fields::{FieldValue, Fields, Value};
 use vmstate::job::{DescribedBy, SectionContent, SectionReport};
 
+use crate::buffer::{is_zero, short, text};
 use crate::output::Lines;
 
 /// Bytes in one row, and up to how many stand beside the field's name.
@@ -258,25 +259,6 @@ impl Folding {
         self.starred = false;
         self.last = Some(row.clone());
         Some(row)
-    }
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    !bytes.is_empty() && bytes.iter().all(|byte| *byte == 0)
-}
-
-/// The text that bytes are: printable, three characters at least, and zero behind.
-fn text(bytes: &[u8]) -> Option<&str> {
-    let len = bytes.iter().rposition(|byte| *byte != 0)? + 1;
-    let text = std::str::from_utf8(bytes.get(..len)?).ok()?;
-    (len >= 3 && text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ')).then_some(text)
-}
-
-fn short(bytes: &[u8]) -> String {
-    match text(bytes) {
-        Some(text) => format!("\"{text}\""),
-        None if bytes.len() > 8 && is_zero(bytes) => "all zero".to_owned(),
-        None => Value::Bytes(bytes).to_string(),
     }
 }
 

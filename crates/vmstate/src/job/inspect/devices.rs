@@ -158,6 +158,11 @@ impl SectionReader {
         Ok(SectionReader { own, other: None, qemu, decoder: FieldDecoder::default() })
     }
 
+    /// Lets the description of another image serve where the image's own does not tell.
+    pub(in crate::job) fn describe_by(&mut self, other: VmDescription) {
+        self.other = Some(other);
+    }
+
     pub(in crate::job) fn section(
         &mut self,
         section: &DeviceSection,
