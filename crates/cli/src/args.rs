@@ -263,7 +263,7 @@ pub struct Resume {
 
 #[derive(Debug, ClapArgs)]
 pub struct Inspect {
-    /// The image to read: mapped-ram or stream, by vmstate or by QEMU
+    /// The image to read: of any format, by vmstate, QEMU or libvirt
     pub image: PathBuf,
 
     /// Where in IMAGE it starts (0x10000, 64K, 1M, 2G)
@@ -277,18 +277,18 @@ pub struct Inspect {
 
 #[derive(Debug, ClapArgs)]
 pub struct Map {
-    /// The image to read: mapped-ram or stream, by vmstate or by QEMU
+    /// The image to read: of any format, by vmstate, QEMU or libvirt
     pub image: PathBuf,
 
     /// A later image of the same guest: tell what changed
     #[arg(value_name = "LATER")]
     pub other: Option<PathBuf>,
 
-    /// Draw a picture instead of listing ranges
+    /// Draw a picture instead of listing ranges; - is the standard output
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
 
-    /// Draw a picture instead of listing ranges
+    /// Draw a picture instead of listing ranges; - is the standard output
     #[arg(long, value_name = "FILE")]
     pub png: Option<PathBuf>,
 
@@ -311,6 +311,10 @@ pub struct Map {
     /// Where in IMAGE it starts (0x10000, 64K, 1M, 2G)
     #[arg(long, value_name = "N", default_value = "0", value_parser = bytes)]
     pub offset: u64,
+
+    /// Where in LATER it starts
+    #[arg(long, value_name = "N", default_value = "0", value_parser = bytes, requires = "other")]
+    pub other_offset: u64,
 
     /// Print one JSON object
     #[arg(long)]
@@ -353,7 +357,7 @@ impl From<ThemeArg> for crate::picture::Theme {
 
 #[derive(Debug, ClapArgs)]
 pub struct Devices {
-    /// The image to read: mapped-ram or stream, by vmstate or by QEMU
+    /// The image to read: of any format, by vmstate, QEMU or libvirt
     pub image: PathBuf,
 
     /// Only the sections of this name, whole, and bytes in full: cpu, virtio-net, 0000:00:02.0/virtio-net
@@ -801,7 +805,8 @@ impl Convert {
     }
 }
 
-fn is_stdout(path: &std::path::Path) -> bool {
+/// Whether the name stands for the standard output.
+pub fn is_stdout(path: &std::path::Path) -> bool {
     ["-", "/dev/stdout"].iter().any(|name| path.as_os_str() == *name)
 }
 

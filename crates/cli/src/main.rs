@@ -15,6 +15,7 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let args = args::Args::parse();
+    signals::outlive_questions();
     let json = args.wants_json();
     match commands::run(args) {
         Ok(commands::Outcome::Done) => ExitCode::SUCCESS,

@@ -54,6 +54,19 @@ pub fn print_json(value: &Value) {
     line(format!("{value:#}"));
 }
 
+/// Writes data that are no text.
+///
+/// # Errors
+/// What the system said, but for a reader that has gone: it has read all it wanted.
+pub fn put_bytes(bytes: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// Data of many lines, written in large pieces.
 pub struct Lines {
     text: String,

@@ -30,7 +30,7 @@ pub mod source;
 pub use page;
 
 pub use error::{Error, Kind, Result};
-pub use io::{Cancel, Owner, Replaced};
+pub use io::{Cancel, Draft, DraftOptions, Owner, Replaced};
 pub use job::{Answer, Server, start_server};
 pub use job::{
     CompareSettings, Compared, Comparison, ConvertReport, ConvertSettings, DeviceStateBy, DirectIo, Estimate,

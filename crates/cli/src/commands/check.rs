@@ -2,6 +2,7 @@
 
 use serde_json::json;
 use vmstate::Kind;
+use vmstate::source::readable_again;
 
 use super::Outcome;
 use crate::args::Inspect;
@@ -10,7 +11,7 @@ use crate::output::{line, print_json};
 /// Lists every structural fault of an image.
 pub fn run(args: &Inspect) -> vmstate::Result<Outcome> {
     let path = args.image.display();
-    let (format, faults, dropped) = match vmstate::check_at(&args.image, args.offset) {
+    let (format, faults, dropped) = match vmstate::check_at(&readable_again(&args.image)?, args.offset) {
         Ok(check) => {
             (check.format.map(vmstate::source::Format::name), check.report.faults, check.report.dropped)
         }

@@ -1,6 +1,7 @@
 //! `vmstate info`.
 
 use vmstate::job::ImageInfo;
+use vmstate::source::readable_again;
 
 use super::Outcome;
 use crate::args::Inspect;
@@ -8,7 +9,7 @@ use crate::output::{line, print_json, size, utc};
 
 /// Shows what an image holds.
 pub fn run(args: &Inspect) -> vmstate::Result<Outcome> {
-    let info = vmstate::info_at(&args.image, args.offset)?;
+    let info = vmstate::info_at(&readable_again(&args.image)?, args.offset)?;
     if args.json {
         let value = serde_json::to_value(&info)
             .map_err(|error| vmstate::Error::new(vmstate::Kind::Io, "no JSON").because(error))?;

@@ -1,29 +1,30 @@
 //! `vmstate map`.
 
-use std::fs::OpenOptions;
-use std::io::{ErrorKind, Write};
-use std::path::Path;
+use std::borrow::Cow;
+use std::fs::{Metadata, metadata};
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf, absolute};
 
 use serde_json::json;
 use vmstate::job::{
     Joiner, MapKind, MapRange, MapRun, MapSettings, MapVisitor, MappedImage, map, map_changes,
 };
 use vmstate::page::RamBlock;
-use vmstate::{Error, Kind};
+use vmstate::source::readable_again;
+use vmstate::{Draft, DraftOptions, Error, Kind};
 
 use super::Outcome;
-use crate::args::Map;
-use crate::output::{Lines, size};
+use crate::args::{Map, is_stdout};
+use crate::output::{Lines, put_bytes, size};
 use crate::picture::{self, Caption, Grids};
 
 /// Shows where guest memory is in an image, or what changed from one image to another.
 pub fn run(args: &Map) -> vmstate::Result<Outcome> {
-    for picture in [&args.svg, &args.png].into_iter().flatten() {
-        refuse_existing(picture, args.overwrite)?;
-    }
-    let first = MappedImage::open(&args.image, args.offset)?;
+    refuse_pictures(args)?;
+    let first = MappedImage::open(&readable_again(&args.image)?, args.offset)?;
     let second = match &args.other {
-        Some(path) => Some(MappedImage::open(path, 0)?),
+        Some(path) => Some(MappedImage::open(&readable_again(path)?, args.other_offset)?),
         None => None,
     };
     let wants_picture = args.svg.is_some() || args.png.is_some();
@@ -87,20 +88,68 @@ fn exists(path: &Path) -> Error {
     Error::new(Kind::Misuse, clause).hint("give another name, or --overwrite")
 }
 
-/// Says beforehand what would be said when all of the image was read.
-fn refuse_existing(path: &Path, overwrite: bool) -> vmstate::Result<()> {
-    if path.exists() && !overwrite { Err(exists(path)) } else { Ok(()) }
+/// Says beforehand what would be said when all of the image was read, and what would cost one of the images.
+fn refuse_pictures(args: &Map) -> vmstate::Result<()> {
+    let pictures: Vec<&PathBuf> = [&args.svg, &args.png].into_iter().flatten().collect();
+    if let [svg, png] = pictures[..]
+        && is_same(svg, png)
+    {
+        let clause = format!("{} cannot be both pictures", svg.display());
+        return Err(Error::new(Kind::Misuse, clause).hint("give --svg and --png names of their own"));
+    }
+    for picture in pictures {
+        if is_stdout(picture) {
+            if args.json {
+                let clause = "the standard output takes a picture or one JSON object, and not both";
+                return Err(Error::new(Kind::Misuse, clause).hint("give the picture the name of a file"));
+            }
+            continue;
+        }
+        for image in [Some(&args.image), args.other.as_ref()].into_iter().flatten() {
+            if is_same(picture, image) {
+                let clause =
+                    format!("{} is the image itself, which the picture would replace", picture.display());
+                return Err(Error::new(Kind::Misuse, clause).hint("give another name"));
+            }
+        }
+        if !args.overwrite && picture.symlink_metadata().is_ok() {
+            return Err(exists(picture));
+        }
+    }
+    Ok(())
 }
 
+/// Whether two names stand for one file, or will.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let identity = |found: Metadata| (found.dev(), found.ino());
+    match (metadata(one).map(identity), metadata(other).map(identity)) {
+        (Ok(one), Ok(other)) => one == other,
+        _ => place(one) == place(other),
+    }
+}
+
+/// Where a file that is not there yet will be.
+fn place(path: &Path) -> Cow<'_, Path> {
+    let directory = absolute(path).ok().and_then(|path| path.parent()?.canonicalize().ok());
+    match (directory, path.file_name()) {
+        (Some(directory), Some(name)) => directory.join(name).into(),
+        _ => path.into(),
+    }
+}
+
+/// Publishes a picture as images are: it gets its name when it is whole.
 fn write(path: &Path, bytes: &[u8], overwrite: bool) -> vmstate::Result<()> {
-    let mut options = OpenOptions::new();
-    options.write(true).truncate(true);
-    let options = if overwrite { options.create(true) } else { options.create_new(true) };
-    let written = options.open(path).and_then(|mut file| file.write_all(bytes));
-    written.map_err(|error| match error.kind() {
-        ErrorKind::AlreadyExists => exists(path),
-        _ => Error::io(format!("cannot write {}", path.display()), error),
-    })
+    let cannot = |error| Error::io(format!("cannot write {}", path.display()), error);
+    if is_stdout(path) {
+        return put_bytes(bytes).map_err(cannot);
+    }
+    let umask = rustix::process::umask(rustix::fs::Mode::empty());
+    rustix::process::umask(umask);
+    // A picture is no secret as the guest's memory is.
+    let mode = 0o666 & !umask.as_raw_mode();
+    let mut draft = Draft::create(path, DraftOptions { mode, overwrite, ..DraftOptions::default() })?;
+    draft.buffered().write_all(bytes).map_err(cannot)?;
+    Ok(draft.publish()?)
 }
 
 /// What there is of each kind in a block.

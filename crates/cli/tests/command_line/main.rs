@@ -13,6 +13,7 @@ mod domains;
 #[allow(missing_docs, unreachable_pub)]
 mod footprint;
 mod held;
+mod inspect;
 mod killed;
 mod lazy;
 mod map;

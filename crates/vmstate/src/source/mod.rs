@@ -32,7 +32,7 @@ pub(crate) use libvirt::{decompress, decompress_once, require_domain_xml};
 pub use libvirt_source::LibvirtSource;
 pub use mapped_ram::{BlockUse, MappedRamFile, Use};
 pub use mapped_ram_pages::MappedRamSource;
-pub use open::{OpenedPlaced, open_placed, open_source};
+pub use open::{OpenedPlaced, open_placed, open_source, readable_again};
 pub use places::{Place, Places, Stored};
 pub(crate) use spill::decompressed;
 pub use stream::{StreamBlock, StreamContents, scan_stream};

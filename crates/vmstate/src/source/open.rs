@@ -1,6 +1,7 @@
 //! Opens an image of any format. A new format is one more arm here, and its file beside this one.
 
 use std::io::{BufRead, Cursor, Read};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use io::{Inflow, ReadPair};
@@ -86,6 +87,23 @@ pub struct OpenedPlaced {
     pub pages: Arc<dyn PlacedPages>,
 }
 
+/// The name by which an image is opened that is read more than once: that of the standard input where that is a file.
+///
+/// # Errors
+/// [`Kind::Misuse`] for what is read once.
+pub fn readable_again(path: &Path) -> Result<PathBuf> {
+    if Inflow::is_sequential(path) {
+        return Err(read_once(path));
+    }
+    Ok(if Inflow::is_stdin(path) { PathBuf::from("/dev/stdin") } else { path.to_owned() })
+}
+
+fn read_once(path: &Path) -> Error {
+    let clause =
+        format!("{}: a pipe is read once, and its pages are wanted in another order", path.display());
+    Error::new(Kind::Misuse, clause).hint("convert it into a file first")
+}
+
 /// Opens an image whose pages are to be read in any order. A stream is read to its end for that, and what is compressed
 /// is decompressed into a file without a name, in `TMPDIR` or /var/tmp.
 ///
@@ -95,9 +113,7 @@ pub fn open_placed(input: Input, format: Option<Format>) -> Result<OpenedPlaced>
     let Input { path, start, bytes, cancel } = input;
     let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
     let InputBytes::File(pair) = bytes else {
-        let clause =
-            format!("{}: a pipe is read once, and its pages are wanted in another order", path.display());
-        return Err(Error::new(Kind::Misuse, clause).hint("convert it into a file first"));
+        return Err(read_once(&path));
     };
     // A head of libvirt's is looked behind, unless the image is said to begin at once.
     let payload = match format {

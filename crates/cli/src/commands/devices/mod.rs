@@ -4,6 +4,7 @@ mod json;
 mod tree;
 
 use vmstate::job::{DevicesSettings, SectionReport, devices};
+use vmstate::source::readable_again;
 
 use super::Outcome;
 use crate::args::Devices;
@@ -16,6 +17,7 @@ pub fn run(args: &Devices) -> vmstate::Result<Outcome> {
         name: args.name.clone(),
         describe_by: args.describe_by.clone(),
     };
+    let image = readable_again(&args.image)?;
     let mut out = Lines::new();
     if args.json {
         let mut separator = "{\n  \"sections\": [";
@@ -24,7 +26,7 @@ pub fn run(args: &Devices) -> vmstate::Result<Outcome> {
             out.add(json::section(section));
             separator = ",";
         };
-        let format = devices(&args.image, &settings, &mut print)?;
+        let format = devices(&image, &settings, &mut print)?;
         if separator.starts_with('{') {
             out.add(separator);
         }
@@ -33,7 +35,7 @@ pub fn run(args: &Devices) -> vmstate::Result<Outcome> {
         // Who asks for one wants all of it.
         let whole = args.name.is_some();
         let mut print = |section: &SectionReport<'_>| tree::section(&mut out, section, whole);
-        devices(&args.image, &settings, &mut print)?;
+        devices(&image, &settings, &mut print)?;
     }
     Ok(Outcome::Done)
 }
