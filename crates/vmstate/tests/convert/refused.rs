@@ -1,11 +1,12 @@
 //! What is damaged, does not fit or is cancelled gives an error, and leaves no image behind.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use vmstate::libvirt::PayloadFormat;
-use vmstate::source::Format;
+use vmstate::source::{Format, Payload};
 use vmstate::{Cancel, CompareSettings, Compared, ConvertSettings, Kind, Unobserved};
 
 use super::images::{Guest, Page, read_mapped_ram, read_stream};
@@ -31,43 +32,89 @@ fn others(directory: &Path, known: &[&str]) -> Vec<PathBuf> {
     entries.filter(|path| known.iter().all(|name| !path.ends_with(name))).collect()
 }
 
+/// An XML for an image that needs one: QEMU's own have no place for it.
+fn xml_for(format: Format) -> Option<String> {
+    matches!(format, Format::Libvirt(_)).then(|| "<domain/>\n".to_owned())
+}
+
+/// The guest as an image of every format, each by its name.
+fn images_of(guest: &Guest, directory: &Path) -> Vec<(Format, Vec<u8>)> {
+    let (plain, image) = (directory.join("plain"), directory.join("made"));
+    guest.write_stream(&plain, &[]);
+    let mut images = Vec::new();
+    for format in Format::LIBVIRT {
+        let settings = ConvertSettings { domain_xml: xml_for(format), ..quick(&plain, &image, format) };
+        run(&settings).unwrap_or_else(|error| panic!("{}: {}", format.name(), error.chain()));
+        images.push((format, std::fs::read(&image).unwrap()));
+        std::fs::remove_file(&image).unwrap();
+    }
+    guest.write_mapped_ram(&image, 0);
+    images.push((Format::MappedRam, std::fs::read(&image).unwrap()));
+    images.push((Format::Stream, guest.stream(&[])));
+    std::fs::remove_file(&image).unwrap();
+    std::fs::remove_file(&plain).unwrap();
+    images
+}
+
+/// Where QEMU's bytes begin, or what they were compressed to.
+fn payload_at(image: &Path) -> usize {
+    Payload::of(&File::open(image).unwrap(), image, 0).unwrap().at as usize
+}
+
+/// What an image is made into, `i` being the number of a damage: of QEMU's own both of theirs, and every format in
+/// turn.
+fn targets(from: Format, i: usize) -> Vec<Format> {
+    let all: Vec<Format> = Format::ALL.into_iter().chain(Format::LIBVIRT).collect();
+    match from {
+        Format::Libvirt(_) => vec![all[i % all.len()]],
+        _ => Format::ALL.into_iter().chain([all[i % all.len()]]).collect(),
+    }
+}
+
+/// The memory in an image, which is gone then.
+fn take_memory(path: &Path, format: Format) -> Vec<Vec<u8>> {
+    let memory = match format {
+        Format::MappedRam => read_mapped_ram(path, 0).memory,
+        Format::Stream => read_stream(path).memory,
+        Format::Libvirt(_) => {
+            let plain = path.with_extension("read");
+            run(&quick(path, &plain, Format::MappedRam)).unwrap_or_else(|error| panic!("{}", error.chain()));
+            take_memory(&plain, Format::MappedRam)
+        }
+    };
+    std::fs::remove_file(path).unwrap();
+    memory
+}
+
 #[test]
 fn an_image_that_ends_early_is_refused_wherever_it_ends() {
     let directory = directory();
     let (image, to) = (directory.path().join("image"), directory.path().join("to"));
     let guest = small_guest();
-    guest.write_mapped_ram(&image, 0);
-    let mapped = std::fs::read(&image).unwrap();
-    let stream = guest.stream(&[]);
-    for whole in [&mapped, &stream] {
+    for (from, whole) in images_of(&guest, directory.path()) {
         // Every place in the metadata at both ends, and some between.
-        let places = (0..400).chain((400..whole.len()).step_by(99_991)).chain(whole.len() - 400..whole.len());
-        std::fs::write(&image, whole).unwrap();
+        std::fs::write(&image, &whole).unwrap();
+        let payload = payload_at(&image);
+        let places = (0..400).chain((400..whole.len()).step_by(99_991));
+        let places = places.chain(payload..payload + 400).chain(whole.len() - 400..whole.len());
         let file = File::options().write(true).open(&image).unwrap();
         // From behind, so that each is a part of the one before.
-        for len in places.collect::<std::collections::BTreeSet<_>>().into_iter().rev() {
+        for len in places.filter(|at| *at < whole.len()).collect::<BTreeSet<_>>().into_iter().rev() {
             file.set_len(len as u64).unwrap();
-            for format in Format::ALL {
-                match run(&quick(&image, &to, format)) {
+            for format in targets(from, len) {
+                let what = format!("{} cut to {len:#x}, to {}", from.name(), format.name());
+                match run(&ConvertSettings { domain_xml: xml_for(format), ..quick(&image, &to, format) }) {
                     Err(error) => {
                         let kind = error.kind();
                         assert!(
                             matches!(kind, Kind::Damaged | Kind::Unsupported),
-                            "{len:#x} to {format:?}: {kind:?} {}",
+                            "{what}: {kind:?} {}",
                             error.chain()
                         );
-                        assert_eq!(others(directory.path(), &["image"]), Vec::<PathBuf>::new(), "{len:#x}");
+                        assert_eq!(others(directory.path(), &["image"]), Vec::<PathBuf>::new(), "{what}");
                     }
                     // Where only the description lacks, which not every QEMU writes, it is an image still.
-                    Ok(_) => {
-                        let memory = match format {
-                            Format::MappedRam => read_mapped_ram(&to, 0).memory,
-                            Format::Stream => read_stream(&to).memory,
-                            Format::Libvirt(_) => panic!("{format:?} is none of QEMU's own"),
-                        };
-                        assert_eq!(memory, guest.memory(), "{len:#x} to {format:?}");
-                        std::fs::remove_file(&to).unwrap();
-                    }
+                    Ok(_) => assert_eq!(take_memory(&to, format), guest.memory(), "{what}"),
                 }
             }
         }
@@ -79,28 +126,37 @@ fn no_damage_to_metadata_panics_or_leaves_anything() {
     let directory = directory();
     let (image, to) = (directory.path().join("image"), directory.path().join("to"));
     let guest = small_guest();
-    guest.write_mapped_ram(&image, 0);
-    let mapped = std::fs::read(&image).unwrap();
-    let stream = guest.stream(&[]);
-    let mut refused = 0;
-    for whole in [&mapped, &stream] {
-        std::fs::write(&image, whole).unwrap();
+    for (from, whole) in images_of(&guest, directory.path()) {
+        let mut refused = 0;
+        std::fs::write(&image, &whole).unwrap();
         let file = File::options().write(true).open(&image).unwrap();
-        for (i, at) in (0..300).chain(whole.len() - 1100..whole.len()).enumerate() {
+        let payload = payload_at(&image);
+        let places =
+            (0..300).chain(payload..payload + 300).chain(whole.len().saturating_sub(1100)..whole.len());
+        let places: BTreeSet<_> = places.filter(|at| *at < whole.len()).collect();
+        for (i, at) in places.into_iter().enumerate() {
             let flip = [0x01, 0x80, 0xff][i % 3];
             file.write_all_at(&[whole[at] ^ flip], at as u64).unwrap();
-            for format in Format::ALL {
-                if run(&quick(&image, &to, format)).is_err() {
+            for format in targets(from, i) {
+                if run(&ConvertSettings { domain_xml: xml_for(format), ..quick(&image, &to, format) })
+                    .is_err()
+                {
                     refused += 1;
                 } else {
                     std::fs::remove_file(&to).unwrap();
                 }
-                assert_eq!(others(directory.path(), &["image"]), Vec::<PathBuf>::new(), "{at:#x}");
+                assert_eq!(
+                    others(directory.path(), &["image"]),
+                    Vec::<PathBuf>::new(),
+                    "{} {at:#x} to {}",
+                    from.name(),
+                    format.name()
+                );
             }
             file.write_all_at(&[whole[at]], at as u64).unwrap();
         }
+        assert!(refused > 200, "{}: only {refused} damages were refused", from.name());
     }
-    assert!(refused > 1000, "only {refused} damages were refused");
 }
 
 /// A conversion that must fail, with these words.
@@ -213,16 +269,17 @@ fn a_cancelled_conversion_leaves_nothing() {
     let directory = directory();
     let (image, to) = (directory.path().join("image"), directory.path().join("to"));
     let guest = small_guest();
+    let images = images_of(&guest, directory.path());
     let cancel = Cancel::new().unwrap();
     cancel.cancel();
-    for write in
-        [Guest::write_mapped_ram as fn(&Guest, &Path, u64), |guest, path, _| guest.write_stream(path, &[])]
-    {
-        write(&guest, &image, 0);
-        for format in Format::ALL {
-            let error = vmstate::convert(&settings(&image, &to, format), &cancel, &Unobserved).unwrap_err();
-            assert_eq!(error.kind(), Kind::Interrupted, "{}", error.chain());
-            assert_eq!(others(directory.path(), &["image"]), Vec::<PathBuf>::new());
+    for (from, whole) in images {
+        std::fs::write(&image, whole).unwrap();
+        for format in Format::ALL.into_iter().chain(Format::LIBVIRT) {
+            let settings = ConvertSettings { domain_xml: xml_for(format), ..settings(&image, &to, format) };
+            let error = vmstate::convert(&settings, &cancel, &Unobserved).unwrap_err();
+            let what = format!("{} to {}", from.name(), format.name());
+            assert_eq!(error.kind(), Kind::Interrupted, "{what}: {}", error.chain());
+            assert_eq!(others(directory.path(), &["image"]), Vec::<PathBuf>::new(), "{what}");
         }
     }
 }
