@@ -384,7 +384,12 @@ fn what_is_not_whole_is_refused_before_libvirt_hears_of_it() {
 }
 
 /// Converts what somebody writes into a FIFO meanwhile.
-fn convert_from_pipe(unpacked: &Unpacked, bytes: Vec<u8>, to: &Path) -> Result<ConvertReport> {
+fn convert_from_pipe(
+    unpacked: &Unpacked,
+    bytes: Vec<u8>,
+    said: Option<Format>,
+    to: &Path,
+) -> Result<ConvertReport> {
     let fifo = unpacked.dir.path().join("fifo");
     if !fifo.exists() {
         rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
@@ -393,8 +398,11 @@ fn convert_from_pipe(unpacked: &Unpacked, bytes: Vec<u8>, to: &Path) -> Result<C
     std::thread::scope(|scope| {
         // Whoever stops reading early lets the rest go.
         scope.spawn(|| drop(OpenOptions::new().write(true).open(&fifo).unwrap().write_all(&bytes)));
-        let settings =
-            ConvertSettings { overwrite: true, ..ConvertSettings::new(&fifo, to, Format::MappedRam) };
+        let settings = ConvertSettings {
+            overwrite: true,
+            from_format: said,
+            ..ConvertSettings::new(&fifo, to, Format::MappedRam)
+        };
         vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved)
     })
 }
@@ -407,7 +415,7 @@ fn what_stands_in_a_row_is_converted_out_of_a_pipe() {
         let (by_file, by_pipe) = (unpacked.dir.path().join("file"), unpacked.dir.path().join("pipe"));
         let bytes = std::fs::read(&image).unwrap();
         if format == "sparse" {
-            let error = convert_from_pipe(&unpacked, bytes, &by_pipe).unwrap_err();
+            let error = convert_from_pipe(&unpacked, bytes, None, &by_pipe).unwrap_err();
             assert_eq!(error.kind(), Kind::Misuse, "{format}");
             assert!(
                 error.to_string().ends_with("read at offsets, which a pipe has not"),
@@ -419,17 +427,43 @@ fn what_stands_in_a_row_is_converted_out_of_a_pipe() {
         let settings =
             ConvertSettings { overwrite: true, ..ConvertSettings::new(&image, &by_file, Format::MappedRam) };
         vmstate::convert(&settings, &Cancel::new().unwrap(), &Unobserved).unwrap();
-        let report = convert_from_pipe(&unpacked, bytes.clone(), &by_pipe)
+        let report = convert_from_pipe(&unpacked, bytes.clone(), None, &by_pipe)
             .unwrap_or_else(|error| panic!("{format}: {}", error.chain()));
         assert_eq!(report.from_format.name(), format!("libvirt-{format}"));
         let compared = vmstate::compare_files(&by_file, &by_pipe, &Cancel::new().unwrap()).unwrap();
         assert!(compared.same, "{format}: {compared:?}");
         std::fs::remove_file(&by_pipe).unwrap();
+        let said = Format::Libvirt(if format == "raw" { PayloadFormat::Zstd } else { PayloadFormat::Raw });
+        let error = convert_from_pipe(&unpacked, bytes.clone(), Some(said), &by_pipe).unwrap_err();
+        assert!(error.to_string().contains(&format!("is a libvirt-{format} image")), "{}", error.chain());
         // Within the magic, the header, the XML, the padding, and the guest.
         for len in [5, 50, 1000, 5000, bytes.len() / 2] {
-            let error = convert_from_pipe(&unpacked, bytes[..len].to_vec(), &by_pipe).unwrap_err();
+            let error = convert_from_pipe(&unpacked, bytes[..len].to_vec(), None, &by_pipe).unwrap_err();
             assert!(matches!(error.kind(), Kind::Damaged | Kind::Io), "{format}, {len}: {}", error.chain());
             assert!(!by_pipe.exists(), "{format}, {len}");
+        }
+    }
+}
+
+#[test]
+fn an_image_in_a_pipe_says_of_its_guest_what_the_source_says() {
+    let unpacked = Unpacked::new();
+    let fifo = unpacked.dir.path().join("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
+        .unwrap();
+    // The one of a guest that was paused, and one that ran.
+    for from in ["xz", "raw"] {
+        let (image, there) = (unpacked.image(from), unpacked.dir.path().join("there"));
+        for to in [PayloadFormat::Raw, PayloadFormat::Zstd] {
+            let bytes = std::thread::scope(|scope| {
+                let reader = scope.spawn(|| std::fs::read(&fifo).unwrap());
+                convert(&image, &fifo, Format::Libvirt(to));
+                reader.join().unwrap()
+            });
+            std::fs::write(&there, bytes).unwrap();
+            assert_eq!(told(&there), told(&image), "{from} to {to}");
+            let compared = vmstate::compare_files(&image, &there, &Cancel::new().unwrap()).unwrap();
+            assert!(compared.same, "{from} to {to}: {compared:?}");
         }
     }
 }

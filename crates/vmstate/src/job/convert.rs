@@ -144,6 +144,7 @@ pub fn convert(
         counters: watch.progress.counters().clone(),
         sync: settings.sync,
         domain: domain(settings, &*source),
+        was_running: source.domain().map(|head| head.was_running),
         cancel: cancel.clone(),
     };
     let (device_bytes, memory_bytes) = {

@@ -24,6 +24,8 @@ pub struct Means {
     pub sync: bool,
     /// What goes into the head of an image of libvirt, where there is one.
     pub domain: Option<Domain>,
+    /// Whether that head is to say that the guest ran, where that is known before the device state is.
+    pub was_running: Option<bool>,
     /// The switch that stops everything.
     pub cancel: Cancel,
 }
@@ -285,6 +287,7 @@ mod tests {
             counters: Arc::default(),
             sync: false,
             domain: None,
+            was_running: None,
             cancel: cancel.clone(),
         };
         let mut out = LaneBytes::start(&target, &means).unwrap();

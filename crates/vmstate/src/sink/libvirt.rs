@@ -63,6 +63,8 @@ impl Envelope {
 pub struct LibvirtSink<'a> {
     target: &'a Target,
     envelope: Envelope,
+    /// What a head in a pipe has said of the guest.
+    has_said_running: bool,
     inner: Box<dyn Sink + 'a>,
 }
 
@@ -70,7 +72,8 @@ impl<'a> LibvirtSink<'a> {
     /// An image of a format at the start of the target.
     ///
     /// Into a file goes a head that says that the image is not complete, as libvirt does it; a pipe cannot be gone back
-    /// in, so what goes there says from the start that the guest ran, and refuses one that did not.
+    /// in, so what goes there says from the start whether the guest ran: what is known of it, or that it did, and one that did
+    /// not is refused then.
     ///
     /// # Errors
     /// [`Kind::Misuse`] without a domain; [`Kind::Unsupported`] for an XML that no image can have, and for compression
@@ -82,18 +85,19 @@ impl<'a> LibvirtSink<'a> {
                 .hint("give it with --xml: virsh dumpxml --migratable DOMAIN"));
         };
         let envelope = Envelope::new(format, domain)?;
+        let has_said_running = means.was_running.unwrap_or(true);
         let start = target.start();
         if format == PayloadFormat::Sparse {
             let envelope = Envelope { head: envelope.head.aligned(start, ALIGNMENT) };
             let inner = Box::new(MappedRamSink::new(target, start + envelope.len(), means));
-            return Ok(LibvirtSink { target, envelope, inner });
+            return Ok(LibvirtSink { target, envelope, has_said_running, inner });
         }
         let mut out = byte_sink(target, &means)?;
-        out.write_all(&envelope.encoded(target.is_sequential(), true)).map_err(write_failed)?;
+        out.write_all(&envelope.encoded(target.is_sequential(), has_said_running)).map_err(write_failed)?;
         if format.is_compressed() {
             out = compressed(format, out)?;
         }
-        Ok(LibvirtSink { target, envelope, inner: Box::new(StreamSink::new(out, means)) })
+        Ok(LibvirtSink { target, envelope, has_said_running, inner: Box::new(StreamSink::new(out, means)) })
     }
 }
 
@@ -112,8 +116,11 @@ impl Sink for LibvirtSink<'_> {
             None => was_running(tail, self.target)?,
         };
         let is_sequential = self.target.is_sequential();
-        if is_sequential && !was_running {
-            let clause = "the guest was paused, and the head in the pipe says already that it ran";
+        if is_sequential && was_running != self.has_said_running {
+            let clause = match was_running {
+                true => "the guest ran, and the head in the pipe says already that it was paused",
+                false => "the guest was paused, and the head in the pipe says already that it ran",
+            };
             return Err(Error::new(Kind::Unsupported, clause).hint("convert into a file"));
         }
         self.inner.complete(tail)?;

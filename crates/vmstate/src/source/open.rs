@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use io::{Inflow, ReadPair};
-use wire::libvirt::PayloadFormat;
 
 use super::flow::{Input, InputBytes, Source};
 use super::libvirt::is_head;
@@ -53,24 +52,31 @@ pub fn open_source(input: Input, format: Option<Format>) -> Result<Box<dyn Sourc
                 let peeked = (&mut from).take(PEEK_LEN).read_to_end(&mut head);
                 peeked.map_err(|error| Error::from_within(error).unwrap_or_else(cannot))?;
             }
-            let is_libvirts = is_head(&head);
-            let format = match format {
-                Some(format) => format,
+            let found = match format {
+                Some(format @ (Format::MappedRam | Format::Stream)) => Some(format),
                 // Which of them it is its head tells.
-                None if is_libvirts => Format::Libvirt(PayloadFormat::Raw),
-                None => Format::of_head(&head, &path, 0)?,
+                _ if is_head(&head) => None,
+                said => {
+                    let found = Format::of_head(&head, &path, 0)?;
+                    found.require_said(said, &path)?;
+                    Some(found)
+                }
             };
             let from: Box<dyn BufRead + Send> = Box::new(Cursor::new(head).chain(from));
-            match format {
-                Format::Stream => Ok(Box::new(StreamSource::open(from, &path, 0, None)?)),
-                Format::Libvirt(_) => Ok(Box::new(LibvirtSource::open_once(from, &path)?)),
-                Format::MappedRam => {
+            match found {
+                Some(Format::Stream) => Ok(Box::new(StreamSource::open(from, &path, 0, None)?)),
+                Some(Format::MappedRam) => {
                     let clause = format!(
                         "{}: a {} image is read at offsets, which a pipe has not",
                         path.display(),
-                        format.name()
+                        Format::MappedRam.name()
                     );
                     Err(Error::new(Kind::Misuse, clause).hint("give the name of the file"))
+                }
+                Some(Format::Libvirt(_)) | None => {
+                    let source = LibvirtSource::open_once(from, &path)?;
+                    source.format().require_said(format, &path)?;
+                    Ok(Box::new(source))
                 }
             }
         }

@@ -233,6 +233,7 @@ pub(super) fn carry(
         counters: watch.progress.counters().clone(),
         sync: settings.sync,
         domain: None,
+        was_running: None,
         cancel: cancel.clone(),
     };
     let composed = (devices, run_state.as_str(), &manifest);
