@@ -15,7 +15,7 @@ const LONG: u64 = 64 << 20;
 const LONG_MAX: usize = 64;
 /// Above this, metadata must be on the disk to be read: a hole costs whoever made the file nothing, and
 /// would cost us memory.
-const DENSE_ABOVE: u64 = 16 << 20;
+pub(super) const DENSE_ABOVE: u64 = 16 << 20;
 
 /// Says why a range of metadata is not to be read into memory: it is longer than any device state that vmstate
 /// handles, or it is mostly a hole, as no writer leaves it.

@@ -16,7 +16,7 @@ use super::libvirt::FIRST_LEN;
 use super::mapped_ram::faulty;
 use super::spill::{Spilling, nameless_file};
 use super::{
-    Bounds, Format, MappedRamSource, Payload, StreamIndex, StreamSource, decompress, decompress_once,
+    Bounds, Format, MappedRamSource, Origin, Payload, StreamIndex, StreamSource, decompress, decompress_once,
 };
 use crate::{Error, Kind, Result};
 
@@ -53,8 +53,9 @@ impl LibvirtSource {
         } else if head.format == PayloadFormat::Sparse {
             Box::new(MappedRamSource::open(pair, path, start)?)
         } else {
+            let origin = Origin::File(pair.buffered.try_clone().map_err(cannot)?, bounds);
             let from = Inflow::of_file(Arc::new(pair), payload.at, bounds.end, cancel).map_err(cannot)?;
-            Box::new(StreamSource::open(Box::new(from), path, payload.at, Some(bounds.len()))?)
+            Box::new(StreamSource::open(Box::new(from), path, payload.at, origin)?)
         };
         Ok(LibvirtSource { head, inner })
     }
@@ -80,7 +81,7 @@ impl LibvirtSource {
         head.check_payload(&first, at).map_err(|fault| faulty(path, fault))?;
         let from = Cursor::new(first).chain(from);
         let inner: Box<dyn Source> = match head.format {
-            PayloadFormat::Raw => Box::new(StreamSource::open(Box::new(from), path, at, None)?),
+            PayloadFormat::Raw => Box::new(StreamSource::open(Box::new(from), path, at, Origin::Pipe)?),
             PayloadFormat::Sparse => {
                 let clause = format!(
                     "{}: the pages of a libvirt-sparse image are read at offsets, which a pipe has not",
@@ -137,7 +138,7 @@ where
     let left = Arc::new(AtomicU64::new(OVERHEAD_MAX));
     let bounded = around(Bounded { inner: stream, left: left.clone() });
     let from = Box::new(BufReader::with_capacity(CHUNK, bounded));
-    let source = StreamSource::open(from, path, 0, None)?;
+    let source = StreamSource::open(from, path, 0, Origin::Decompressor)?;
     // A live save sends pages more than once, and libvirt saves guests that stand still.
     left.fetch_add(source.shape().ram_bytes().min(u64::MAX / 4) * 2, Ordering::Relaxed);
     Ok(source)

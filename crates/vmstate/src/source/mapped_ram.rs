@@ -75,6 +75,7 @@ impl MappedRamFile {
         let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
         let payload = Payload::of(&file, path, start)?;
         let bounds = Bounds::of(&file, path, payload.at)?.of_mapped_ram(&file).map_err(cannot)?;
+        let bounds = bounds.map_err(|fault| faulty(path, fault))?;
         let mut decoder = LayoutDecoder::new(bounds.start, bounds.end);
         let mut bytes = Vec::new();
         let layout = loop {

@@ -1,6 +1,7 @@
 //! Where guests come from: images of every format, each answering with ranges and facts.
 
 mod bounds;
+mod ends;
 mod extents;
 mod flow;
 mod format;
@@ -39,4 +40,4 @@ pub use stream::{StreamBlock, StreamContents, scan_stream};
 pub use stream_bytes::Rest;
 pub use stream_file::StreamFile;
 pub use stream_index::StreamIndex;
-pub use stream_pages::StreamSource;
+pub use stream_pages::{Origin, StreamSource};

@@ -10,7 +10,7 @@ use super::flow::{Input, InputBytes, Source};
 use super::libvirt::is_head;
 use super::libvirt_source::spilled;
 use super::{
-    Bounds, Format, LibvirtSource, MappedRamSource, Payload, PlacedPages, StreamIndex, StreamSource,
+    Bounds, Format, LibvirtSource, MappedRamSource, Origin, Payload, PlacedPages, StreamIndex, StreamSource,
 };
 use crate::{Error, Kind, Result};
 
@@ -41,8 +41,9 @@ pub fn open_source(input: Input, format: Option<Format>) -> Result<Box<dyn Sourc
                 Format::Libvirt(_) => Ok(Box::new(LibvirtSource::open(pair, &path, start, &cancel)?)),
                 Format::Stream => {
                     let bounds = Bounds::of(&pair.buffered, &path, start)?;
+                    let origin = Origin::File(pair.buffered.try_clone().map_err(cannot)?, bounds);
                     let from = Inflow::of_file(Arc::new(pair), start, bounds.end, &cancel).map_err(cannot)?;
-                    Ok(Box::new(StreamSource::open(Box::new(from), &path, start, Some(bounds.len()))?))
+                    Ok(Box::new(StreamSource::open(Box::new(from), &path, start, origin)?))
                 }
             }
         }
@@ -64,7 +65,7 @@ pub fn open_source(input: Input, format: Option<Format>) -> Result<Box<dyn Sourc
             };
             let from: Box<dyn BufRead + Send> = Box::new(Cursor::new(head).chain(from));
             match found {
-                Some(Format::Stream) => Ok(Box::new(StreamSource::open(from, &path, 0, None)?)),
+                Some(Format::Stream) => Ok(Box::new(StreamSource::open(from, &path, 0, Origin::Pipe)?)),
                 Some(Format::MappedRam) => {
                     let clause = format!(
                         "{}: a {} image is read at offsets, which a pipe has not",
@@ -149,8 +150,9 @@ pub fn open_placed(input: Input, format: Option<Format>) -> Result<OpenedPlaced>
         _ => {
             let bounds = Bounds::of(&pair.buffered, &path, payload.at)?;
             let again = ReadPair::buffered(pair.buffered.try_clone().map_err(cannot)?);
+            let origin = Origin::File(pair.buffered.try_clone().map_err(cannot)?, bounds);
             let from = Inflow::of_file(Arc::new(pair), payload.at, bounds.end, &cancel).map_err(cannot)?;
-            let mut source = StreamSource::open(Box::new(from), &path, payload.at, Some(bounds.len()))?;
+            let mut source = StreamSource::open(Box::new(from), &path, payload.at, origin)?;
             let index = StreamIndex::read(&mut source, again)?;
             (Box::new(source), Arc::new(index))
         }

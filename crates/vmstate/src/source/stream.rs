@@ -37,7 +37,7 @@ pub struct StreamContents {
     /// The sections of other handlers that stand before the pages.
     pub early: Vec<DeviceSection>,
     /// Device state, end mark and vmdescription, up to the end of the stream; `None` where the RAM section
-    /// could not be followed to its end.
+    /// could not be followed to its end, or the stream may end at several places.
     pub tail: Option<Rest>,
     /// The faults.
     pub report: Report,
@@ -83,6 +83,7 @@ pub(super) fn scan_pages(
         report: Report::default(),
     };
     let mut window = vec![0; WINDOW];
+    let mut doubt = None;
     loop {
         let start = bytes.position();
         let read = bytes.read(&mut window)?;
@@ -132,12 +133,16 @@ pub(super) fn scan_pages(
         );
         if let Some(tail) = tail {
             let from = usize::try_from(tail.saturating_sub(start)).unwrap_or(read).min(read);
-            contents.tail = Some(bytes.rest(&window[from..read])?);
+            match bytes.rest(&window[from..read])? {
+                Ok(rest) => contents.tail = Some(rest),
+                Err(fault) => doubt = Some(fault),
+            }
             break;
         }
     }
     let ended = scanner.finish();
     contents.report = scanner.into_report();
+    doubt.into_iter().for_each(|fault| contents.report.push(fault));
     if let Err(fault) = ended
         && !contents.report.faults.contains(&fault)
     {

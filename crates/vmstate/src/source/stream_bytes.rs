@@ -7,6 +7,7 @@ use std::path::Path;
 
 use wire::{Fault, FileRange};
 
+use super::ends::{OfMemory, end_of, find_end};
 use super::extents::{TAIL_LEN_MAX, unreadable};
 use super::{Bounds, Payload, decompress};
 use crate::{Error, Kind, Result};
@@ -87,11 +88,16 @@ impl<'a> StreamBytes<'a> {
         Ok(len)
     }
 
-    /// The rest of the stream, of which `window` is the part that was read already.
-    pub(super) fn rest(&mut self, window: &[u8]) -> Result<Rest> {
+    /// The rest of the stream up to its end, of which `window` is a part that was read already.
+    ///
+    /// # Errors
+    /// The fault of a stream that may end at either of two places, as the inner result.
+    pub(super) fn rest(&mut self, window: &[u8]) -> Result<std::result::Result<Rest, Fault>> {
         let start = self.at - window.len() as u64;
+        let cannot = |error| Error::io(format!("cannot read {}", self.path.display()), error);
         if let Some(end) = self.end {
-            return Ok(Rest { range: FileRange::new(start, end), decompressed: None });
+            let end = find_end(self.file, start, end).map_err(cannot)?;
+            return Ok(end.map(|end| Rest { range: FileRange::new(start, end), decompressed: None }));
         }
         let mut bytes = window.to_vec();
         let mut more = vec![0; 1 << 20];
@@ -109,7 +115,12 @@ impl<'a> StreamBytes<'a> {
                 return Err(Error::new(Kind::Unsupported, clause));
             }
         }
-        Ok(Rest { range: FileRange::new(start, self.at), decompressed: Some(bytes) })
+        let end = end_of(&OfMemory { bytes: &bytes, base: start }, start, self.at);
+        let end = end.map_err(|error| Error::io(format!("cannot read {}", self.path.display()), error))?;
+        Ok(end.map(|end| {
+            bytes.truncate((end - start) as usize);
+            Rest { range: FileRange::new(start, end), decompressed: Some(bytes) }
+        }))
     }
 
     fn not_decompressed(&self, error: std::io::Error, len: usize) -> Error {

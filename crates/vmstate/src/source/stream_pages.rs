@@ -1,5 +1,6 @@
 //! A stream as a source: read once from front to back, out of a file, a pipe, or whatever decompresses it.
 
+use std::fs::File;
 use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 
@@ -7,11 +8,16 @@ use page::PageSize;
 use wire::qemu::{DeviceSection, Event, StreamScanner, check_early};
 use wire::{Fault, FileRange};
 
-use super::Format;
-use super::extents::TAIL_LEN_MAX;
+use super::ends::{OfMemory, end_of, end_within, find_end};
+use super::extents::{TAIL_LEN_MAX, unreadable};
 use super::flow::{FlowingPage, FlowingPages, GuestShape, LiftedSection, Pages, Source, Tail};
 use super::mapped_ram::faulty;
+use super::{Bounds, Format};
 use crate::{Error, Kind, Result};
+
+/// How much of what is behind the pages is read at first where nothing tells how much there is. Four times as much
+/// each time.
+const TAIL_FIRST: u64 = 4 << 20;
 
 /// A stream whose block list was read.
 pub struct StreamSource {
@@ -19,10 +25,22 @@ pub struct StreamSource {
     from: Box<dyn BufRead + Send>,
     scanner: StreamScanner,
     shape: GuestShape,
+    origin: Origin,
     /// What is known of the length of all pages before they come.
     data_bytes_max: Option<u64>,
     /// Where the device state begins, once RAM has ended.
     tail_at: Option<u64>,
+}
+
+/// What the bytes of a stream come out of, as far as that tells where they end.
+#[derive(Debug)]
+pub enum Origin {
+    /// A file or device, within bounds that may reach beyond the stream.
+    File(File, Bounds),
+    /// A pipe, which is read no further than needed.
+    Pipe,
+    /// A decompressor, which is read to its end: it tells whether all before was whole.
+    Decompressor,
 }
 
 /// What a step of the stream says to whoever reads it.
@@ -39,7 +57,7 @@ enum Said {
 
 impl StreamSource {
     /// Reads the stream up to its first page. The offset `start`, at which its first byte stands in its file, and
-    /// `path` are for messages; `len` is how many bytes there are, where that is known.
+    /// `path` are for messages.
     ///
     /// # Errors
     /// [`Kind::Damaged`] and [`Kind::Unsupported`] at the first fault, with file, offset and field; [`Kind::Io`],
@@ -48,11 +66,12 @@ impl StreamSource {
         from: Box<dyn BufRead + Send>,
         path: &Path,
         start: u64,
-        len: Option<u64>,
+        origin: Origin,
     ) -> Result<StreamSource> {
         let mut source = StreamSource {
             path: path.to_owned(),
             from,
+            origin,
             scanner: StreamScanner::new(start, PageSize::X86),
             shape: GuestShape {
                 configuration: None,
@@ -89,9 +108,13 @@ impl StreamSource {
             }
         }
         source.shape = source.shape.clone().checked(path)?;
-        // Every page of data has a word before it.
-        let page = source.shape.page_size.bytes();
-        source.data_bytes_max = len.map(|len| len / (page + 8) * page);
+        if let Origin::File(_, bounds) = &source.origin {
+            // Every page of data has a word before it. What is behind the stream is not known from it yet, and few
+            // pages are sent more than twice.
+            let page = source.shape.page_size.bytes();
+            let sent = source.shape.ram_bytes().saturating_mul(2);
+            source.data_bytes_max = Some((bounds.len() / (page + 8) * page).min(sent));
+        }
         Ok(source)
     }
 
@@ -137,6 +160,48 @@ impl StreamSource {
         };
         self.from.consume(consumed);
         Ok(said)
+    }
+
+    /// The bytes from `at`, where the device state begins, to the end of the stream.
+    fn tail_bytes(&mut self, at: u64) -> Result<Vec<u8>> {
+        let path = &self.path;
+        let failed = |error| read_failed(path, error);
+        let mut bytes = self.scanner.leftover().to_vec();
+        let too_long = || {
+            let problem = format!("more than {TAIL_LEN_MAX:#x} bytes");
+            faulty(path, Fault::unsupported(at, "device state", problem))
+        };
+        if let Origin::File(file, bounds) = &self.origin {
+            let end = find_end(file, at, bounds.end).map_err(failed)?.map_err(|fault| faulty(path, fault))?;
+            if let Some(fault) = unreadable(file, bounds.end, FileRange { start: at, end }) {
+                return Err(faulty(path, fault));
+            }
+            let left = (end - at).saturating_sub(bytes.len() as u64);
+            (&mut self.from).take(left).read_to_end(&mut bytes).map_err(failed)?;
+            return Ok(bytes);
+        }
+        let mut wanted = TAIL_FIRST;
+        loop {
+            let more = wanted.saturating_sub(bytes.len() as u64);
+            (&mut self.from).take(more).read_to_end(&mut bytes).map_err(failed)?;
+            let end = at.saturating_add(bytes.len() as u64);
+            let memory = OfMemory { bytes: &bytes, base: at };
+            let found = if (bytes.len() as u64) < wanted {
+                end_of(&memory, at, end).map_err(failed)?.map(Some)
+            } else if matches!(self.origin, Origin::Pipe) {
+                end_within(&memory, at, end).map_err(failed)?
+            } else {
+                Ok(None)
+            };
+            if let Some(end) = found.map_err(|fault| faulty(path, fault))? {
+                bytes.truncate((end - at) as usize);
+                return Ok(bytes);
+            }
+            if wanted > TAIL_LEN_MAX {
+                return Err(too_long());
+            }
+            wanted = (4 * wanted).min(TAIL_LEN_MAX + 1);
+        }
     }
 
     /// The fault of a stream that ends where it may not.
@@ -207,15 +272,8 @@ impl Source for StreamSource {
         let Some(at) = self.tail_at else {
             return Err(Error::new(Kind::Misuse, "the tail of a stream comes behind its pages"));
         };
-        let mut bytes = self.scanner.leftover().to_vec();
+        let bytes = self.tail_bytes(at)?;
         let path = &self.path;
-        let limit = TAIL_LEN_MAX - bytes.len() as u64;
-        (&mut self.from).take(limit + 1).read_to_end(&mut bytes).map_err(|error| read_failed(path, error))?;
-        let range = FileRange { start: at, end: at.saturating_add(bytes.len() as u64) };
-        if range.len() > TAIL_LEN_MAX {
-            let problem = format!("more than {TAIL_LEN_MAX:#x} bytes");
-            return Err(faulty(path, Fault::unsupported(at, "device state", problem)));
-        }
         let tail = Tail { bytes, at, was_running: None };
         // The lengths of early sections were guesses, which the description confirms or not.
         let early: Vec<_> = self.shape.early.iter().map(|early| early.section.clone()).collect();

@@ -211,6 +211,29 @@ fn a_file_may_be_replaced_by_its_own_conversion() {
 }
 
 #[test]
+fn a_pipe_is_read_no_further_than_its_stream_goes() {
+    use std::io::Write;
+    let directory = directory();
+    let at = |name: &str| -> PathBuf { directory.path().join(name) };
+    let guest = sparse_guest();
+    rustix::fs::mknodat(rustix::fs::CWD, at("fifo"), rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0)
+        .unwrap();
+    // All that there is, and more than anyone could read.
+    for (behind, times) in [(vec![0; 5000], 1), (vec![0xff; 5000], 1), (vec![0xff; 1 << 20], usize::MAX)] {
+        let (fifo, stream) = (at("fifo"), guest.stream(&[]));
+        let writer = std::thread::spawn(move || {
+            let mut pipe = std::fs::File::options().write(true).open(fifo).unwrap();
+            pipe.write_all(&stream).unwrap();
+            (0..times).take_while(|_| pipe.write_all(&behind).is_ok()).count()
+        });
+        run(&ConvertSettings { overwrite: true, ..settings(&at("fifo"), &at("to"), Format::MappedRam) })
+            .unwrap_or_else(|error| panic!("{}", error.chain()));
+        assert_eq!(read_mapped_ram(&at("to"), 0), Content::of(&guest));
+        assert!(writer.join().unwrap() < 100, "the writer is told that nobody reads on");
+    }
+}
+
+#[test]
 fn streams_go_through_pipes() {
     let directory = directory();
     let at = |name: &str| -> PathBuf { directory.path().join(name) };

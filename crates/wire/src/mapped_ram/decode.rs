@@ -5,7 +5,7 @@ use std::fmt;
 use page::PageSize;
 
 use crate::cursor::Cursor;
-use crate::qemu::early::{DescribedLengths, only_payload_len};
+use crate::qemu::early::{DescribedLengths, early_payload_len, only_payload_len};
 use crate::qemu::format::*;
 use crate::qemu::vmdesc::{self, Located};
 use crate::qemu::{
@@ -54,6 +54,8 @@ pub struct LayoutDecoder {
     state: State,
     file_len: u64,
     findings: Findings,
+    /// Whether only the start of the device state is looked for; see [`LayoutDecoder::seeking`].
+    is_seeking: bool,
     phase: Phase,
     /// The offset of the next byte of the stream.
     at: u64,
@@ -149,6 +151,15 @@ impl LayoutDecoder {
         LayoutDecoder::with_findings(stream_start, file_len, Findings::collecting())
     }
 
+    /// A decoder that goes as far as the start of the device state and does not look at the end of the file, where
+    /// something else may stand: it takes early sections to end at the first place that can be their end.
+    pub(super) fn seeking(stream_start: u64, file_len: u64) -> LayoutDecoder {
+        let mut decoder = LayoutDecoder::surveying(stream_start, file_len);
+        decoder.is_seeking = true;
+        decoder.state.described = Some(DescribedLengths::default());
+        decoder
+    }
+
     fn with_findings(stream_start: u64, file_len: u64, findings: Findings) -> LayoutDecoder {
         let state = State {
             stream_start,
@@ -174,6 +185,7 @@ impl LayoutDecoder {
             state,
             file_len: file_len.min(FILE_LEN_MAX),
             findings,
+            is_seeking: false,
             phase: Phase::Preamble,
             at: stream_start,
             window: Vec::new(),
@@ -428,7 +440,8 @@ impl LayoutDecoder {
         self.phase = Phase::Items;
         if last {
             self.state.device_state_at = self.at;
-            self.phase = Phase::Tail { len: TAIL_LEN };
+            self.state.device_state_end = self.at;
+            self.phase = if self.is_seeking { Phase::Done } else { Phase::Tail { len: TAIL_LEN } };
         }
         Ok(())
     }
@@ -562,8 +575,13 @@ impl LayoutDecoder {
         let len = (EARLY_SECTION_LEN_MAX + SECTION_FOOTER_LEN + SECTION_HEADER_LEN_MAX) as u64;
         let left = self.file_len.saturating_sub(open.payload_at);
         let ram_id = self.state.ram.as_ref().map(|ram| ram.section_id);
+        let is_seeking = self.is_seeking;
         let window = self.wanted_bytes(open.payload_at, len.min(left), "early section")?;
-        let len = only_payload_len(window, open.payload_at, &open.header, ram_id, left <= len)?;
+        let len = match is_seeking {
+            true => early_payload_len(window, open.payload_at, &open.header, ram_id)
+                .map_err(DecodeError::at_end)?,
+            false => only_payload_len(window, open.payload_at, &open.header, ram_id, left <= len)?,
+        };
         self.close(open.payload_at + len as u64);
         Ok(())
     }
@@ -684,7 +702,7 @@ impl LayoutDecoder {
         if self.findings.last() != Some(&fault) {
             let _ = self.findings.note(fault);
         }
-        if self.state.is_lost || matches!(self.phase, Phase::Tail { .. } | Phase::Done) {
+        if self.is_seeking || self.state.is_lost || matches!(self.phase, Phase::Tail { .. } | Phase::Done) {
             return false;
         }
         self.state.is_lost = true;

@@ -51,6 +51,14 @@ impl LayoutSurvey {
         LayoutSurvey { decoder, layout: None, is_done: false }
     }
 
+    /// A survey that goes no further than to the start of the device state, for whoever does not know yet where the
+    /// image ends in its file: what [`LayoutSurvey::finish`] gives has a layout whose device state is empty and begins
+    /// there. Early sections are taken to end at the first place that can be their end.
+    pub fn seeking(stream_start: u64, file_len: u64) -> LayoutSurvey {
+        let decoder = LayoutDecoder::seeking(stream_start, file_len);
+        LayoutSurvey { decoder, layout: None, is_done: false }
+    }
+
     /// Says what is needed next.
     pub fn step(&mut self) -> SurveyStep {
         while !self.is_done {

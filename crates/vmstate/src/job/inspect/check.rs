@@ -55,7 +55,11 @@ pub fn check_at(path: &Path, start: u64) -> Result<Check> {
 
 fn mapped_ram(file: &File, path: &Path, start: u64) -> Result<Report> {
     let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
-    let Bounds { end: len, .. } = Bounds::of(file, path, start)?.of_mapped_ram(file).map_err(cannot)?;
+    let whole = Bounds::of(file, path, start)?;
+    let (Bounds { end: len, .. }, doubt) = match whole.of_mapped_ram(file).map_err(cannot)? {
+        Ok(bounds) => (bounds, None),
+        Err(fault) => (whole, Some(fault)),
+    };
     let mut survey = LayoutSurvey::new(start, len);
     let mut bytes = Vec::new();
     while let SurveyStep::Need { offset, len } = survey.step() {
@@ -65,6 +69,11 @@ fn mapped_ram(file: &File, path: &Path, start: u64) -> Result<Report> {
     }
     let found = survey.finish();
     let mut report = found.report;
+    if let Some(fault) = doubt {
+        // Where the image ends is unknown, and so is what is wrong there.
+        report.push(fault);
+        return Ok(report);
+    }
     for block in &found.blocks {
         if let Some(fault) = bitmap(file, block, len).map_err(cannot)? {
             report.push(fault);
