@@ -149,6 +149,36 @@ fn an_image_that_ends_early_is_damaged_whatever_is_behind_it() {
     }
 }
 
+#[test]
+fn a_compressed_image_may_have_zeros_behind_it_and_nothing_else() {
+    let dir = images();
+    let (at, to) = (dir.path().join("at"), dir.path().join("to"));
+    for codec in ["gzip", "bzip2", "xz", "lzop", "zstd"] {
+        let path = dir.path().join(codec);
+        unpack_golden(&format!("libvirt-11.3-{codec}-image"), &path);
+        let expected = converted(&path, 0, &to);
+        let len = std::fs::metadata(&path).unwrap().len();
+        for zeros in [4096, 1 << 20, 1 << 40] {
+            std::fs::copy(&path, &at).unwrap();
+            File::options().append(true).open(&at).unwrap().set_len(len + zeros).unwrap();
+            let check = vmstate::check(&at).unwrap();
+            assert_eq!(check.report.faults, [], "{codec} and {zeros} zeros");
+            assert_eq!(told(&at, 0), told(&path, 0), "{codec} and {zeros} zeros");
+            assert!(converted(&at, 0, &to) == expected, "{codec} and {zeros} zeros");
+        }
+        std::fs::copy(&path, &at).unwrap();
+        append(&at, b"\0\0junk");
+        let error = vmstate::check(&at).expect_err(codec);
+        let place = format!("something else stands behind the payload, at {:#x}", len + 2);
+        assert_eq!(
+            (error.kind(), error.chain().ends_with(&place)),
+            (Kind::Damaged, true),
+            "{}",
+            error.chain()
+        );
+    }
+}
+
 fn restored(image: &Path, offset: u64, spec: &QemuSpec) -> Qemu {
     let target = QemuSpec { incoming: Incoming::Defer, ..spec.clone() }.start().unwrap();
     let waiting = Target::Waiting(QmpAddress::Unix(target.qmp_path()));

@@ -1,13 +1,14 @@
 //! bzip2. A stream begins on a byte and with ten bytes that nothing else is likely to hold, so streams are told apart
 //! by these; what was cut at a place that only looks so is read as a whole.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 
 use bzip2::Compression;
+use bzip2::bufread::BzDecoder;
 use bzip2::read::MultiBzDecoder;
 use bzip2::write::BzEncoder;
 
-use super::{PIECE_LEN_MAX, Pieces, read_piece};
+use super::{Member, PIECE_LEN_MAX, Pieces, Rest, read_piece};
 
 /// `BZh`, the level, and the magic of a block.
 const SIGNATURE_LEN: usize = 10;
@@ -34,8 +35,18 @@ impl Pieces for Bzip2 {
         read_piece(MultiBzDecoder::new(piece), self.chunk_len())
     }
 
-    fn stream(&self, input: Box<dyn Read + Send>, _first: &[u8]) -> io::Result<Box<dyn Read + Send>> {
-        Ok(Box::new(MultiBzDecoder::new(input)))
+    fn begins(&self, bytes: &[u8]) -> bool {
+        bytes.starts_with(b"BZh")
+    }
+
+    fn member(&self, input: Rest, _first: &[u8]) -> io::Result<Box<dyn Member>> {
+        Ok(Box::new(BzDecoder::new(input)))
+    }
+}
+
+impl Member for BzDecoder<Rest> {
+    fn into_rest(self: Box<Self>) -> Rest {
+        self.into_inner()
     }
 }
 

@@ -1,12 +1,13 @@
 //! gzip. A member of ours tells its length in an extra field, which other readers pass over: nothing else in the
 //! format does.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 
+use flate2::bufread::GzDecoder;
 use flate2::read::MultiGzDecoder;
 use flate2::{Compression, GzBuilder};
 
-use super::{PIECE_LEN_MAX, Pieces, damaged, read_piece};
+use super::{Member, PIECE_LEN_MAX, Pieces, Rest, damaged, read_piece};
 
 /// The level that gzip itself takes by default.
 const LEVEL: u32 = 6;
@@ -51,7 +52,17 @@ impl Pieces for Gzip {
         read_piece(MultiGzDecoder::new(piece), self.chunk_len())
     }
 
-    fn stream(&self, input: Box<dyn Read + Send>, _first: &[u8]) -> io::Result<Box<dyn Read + Send>> {
-        Ok(Box::new(MultiGzDecoder::new(input)))
+    fn begins(&self, bytes: &[u8]) -> bool {
+        bytes.starts_with(&MAGIC[..2])
+    }
+
+    fn member(&self, input: Rest, _first: &[u8]) -> io::Result<Box<dyn Member>> {
+        Ok(Box::new(GzDecoder::new(input)))
+    }
+}
+
+impl Member for GzDecoder<Rest> {
+    fn into_rest(self: Box<Self>) -> Rest {
+        self.into_inner()
     }
 }

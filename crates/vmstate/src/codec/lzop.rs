@@ -19,7 +19,7 @@ use std::io::{self, Read};
 
 use flate2::Crc;
 
-use super::{Pieces, damaged, lzo1x};
+use super::{Member, Pieces, Rest, damaged, lzo1x};
 
 const MAGIC: [u8; 9] = *b"\x89LZO\0\r\n\x1a\n";
 /// The version of lzop that wrote the last of these fields; so we call ourselves.
@@ -111,7 +111,15 @@ impl Pieces for Lzop {
         block.map_or(Ok(Vec::new()), |block| block.decompress(&mut rest))
     }
 
-    fn stream(&self, input: Box<dyn Read + Send>, first: &[u8]) -> io::Result<Box<dyn Read + Send>> {
+    fn ends_member(&self, piece: &[u8]) -> bool {
+        piece == [0; 4]
+    }
+
+    fn begins(&self, bytes: &[u8]) -> bool {
+        bytes.starts_with(&MAGIC[..4])
+    }
+
+    fn member(&self, input: Rest, first: &[u8]) -> io::Result<Box<dyn Member>> {
         let flags = header(first)?.flags;
         Ok(Box::new(LzopReader { input, flags, has_ended: false, block: Vec::new(), given: 0 }))
     }
@@ -221,11 +229,10 @@ impl Block {
     }
 }
 
-/// Reads block after block, and file after file.
+/// Reads block after block, to the end of a file.
 struct LzopReader {
-    input: Box<dyn Read + Send>,
+    input: Rest,
     flags: u32,
-    /// Whether what was read last is the end of a file.
     has_ended: bool,
     block: Vec<u8>,
     given: usize,
@@ -233,28 +240,21 @@ struct LzopReader {
 
 impl Read for LzopReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.given == self.block.len() && !buffer.is_empty() {
-            // Blocks never begin like a file: its first byte would make one far too long.
+        while self.given == self.block.len() && !buffer.is_empty() && !self.has_ended {
             let mut start = [0; 4];
-            let mut had = 0;
-            while had < start.len() {
-                match self.input.read(&mut start[had..])? {
-                    0 if had == 0 && self.has_ended => return Ok(0),
-                    0 => return Err(short()),
-                    n => had += n,
-                }
-            }
+            self.input.read_exact(&mut start).map_err(|_| short())?;
+            // Blocks never begin like a file: its first byte would make one far too long.
             if start == MAGIC[..4] {
                 self.flags = self.next_header()?;
-                self.has_ended = false;
                 continue;
             }
             let mut input = start.chain(&mut self.input);
-            let block = Block::of(&mut input, self.flags)?;
-            self.has_ended = block.is_none();
-            if let Some(block) = block {
-                self.block = block.decompress(&mut input)?;
-                self.given = 0;
+            match Block::of(&mut input, self.flags)? {
+                Some(block) => {
+                    self.block = block.decompress(&mut input)?;
+                    self.given = 0;
+                }
+                None => self.has_ended = true,
             }
         }
         let left = &self.block[self.given..];
@@ -262,6 +262,12 @@ impl Read for LzopReader {
         buffer[..len].copy_from_slice(&left[..len]);
         self.given += len;
         Ok(len)
+    }
+}
+
+impl Member for LzopReader {
+    fn into_rest(self: Box<Self>) -> Rest {
+        self.input
     }
 }
 

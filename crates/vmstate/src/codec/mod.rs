@@ -4,6 +4,9 @@
 //! and xz, blocks of lzop. The stock programs decompress such a file like any other; [`Decompressor`] hands its
 //! pieces to several threads. A file by a stock program is one piece as a rule, which one thread decompresses.
 //!
+//! Behind the last piece there may be zeros, as where a file was padded or lies on a device. Anything else is an error:
+//! the stock programs differ in what they say of it, and pass over what may be a damaged piece.
+//!
 //! Memory is bounded whatever a file says: pieces, windows and dictionaries have limits, and only so many pieces are
 //! in flight. How much comes out of a file in the end is for the reader to bound: it knows the guest's RAM.
 
@@ -13,6 +16,7 @@ pub mod fuzz;
 mod gzip;
 mod lzo1x;
 mod lzop;
+mod members;
 mod read;
 mod write;
 mod xz;
@@ -23,6 +27,7 @@ use std::io::{self, Read};
 
 use wire::libvirt::PayloadFormat;
 
+use members::{Member, Rest};
 pub use read::{Decompressor, decompress_once};
 pub use write::Compressor;
 
@@ -116,8 +121,16 @@ trait Pieces: Sync {
     /// Decompresses a piece, which must end with its last byte and hold no more than [`PIECE_LEN_MAX`].
     fn decompress(&self, piece: &[u8], first: &[u8]) -> io::Result<Vec<u8>>;
 
-    /// Decompresses a stream from the beginning of a piece to the end of the file.
-    fn stream(&self, input: Box<dyn Read + Send>, first: &[u8]) -> io::Result<Box<dyn Read + Send>>;
+    /// Whether a piece is the last of its member, so that behind it another member begins, or nothing.
+    fn ends_member(&self, _piece: &[u8]) -> bool {
+        true
+    }
+
+    /// Whether a member begins like `bytes`.
+    fn begins(&self, bytes: &[u8]) -> bool;
+
+    /// Decompresses a stream from the beginning of a piece to the end of its member.
+    fn member(&self, input: Rest, first: &[u8]) -> io::Result<Box<dyn Member>>;
 }
 
 /// Reads all of a piece, which must be no longer than one may be.

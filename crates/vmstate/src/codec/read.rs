@@ -6,11 +6,14 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use super::members::{Members, Rest};
 use super::{Codec, PIECE_LEN_MAX, default_threads};
 use crate::ordered::Ordered;
 
 /// How much of a file is looked at to tell how its first piece ends.
 const WINDOW: usize = PIECE_LEN_MAX + (64 << 10);
+/// So many zeros begin no piece: lzop's end, behind which nothing but zeros may stand.
+const ZEROS_LEN: usize = 4;
 /// How many bytes at the front of the file are kept for what every piece needs to know.
 const FIRST_LEN: usize = 4 << 10;
 
@@ -18,6 +21,7 @@ const FIRST_LEN: usize = 4 << 10;
 pub struct Decompressor {
     codec: Codec,
     file: Arc<File>,
+    start: u64,
     /// The end of the file, as it was.
     end: u64,
     first: Arc<[u8]>,
@@ -28,18 +32,23 @@ pub struct Decompressor {
     pool: Ordered<Piece, Done>,
     /// Where the stream begins that the rest is, if there are no more pieces.
     rest_at: Option<u64>,
-    stream: Option<Box<dyn Read + Send>>,
+    stream: Option<Members>,
+    /// Whether what follows the pieces so far follows a whole member.
+    is_between: bool,
     current: Vec<u8>,
     given: usize,
 }
 
 struct Piece {
     at: u64,
+    /// Whether it follows a whole member.
+    is_between: bool,
     bytes: Vec<u8>,
 }
 
 struct Done {
     at: u64,
+    is_between: bool,
     outcome: io::Result<Vec<u8>>,
 }
 
@@ -71,6 +80,7 @@ impl Decompressor {
         let pieces = codec.pieces();
         let pool = Ordered::start("vmstate-codec", threads.max(1), move |piece: Piece| Done {
             at: piece.at,
+            is_between: piece.is_between,
             outcome: pieces.decompress(&piece.bytes, &shared),
         })?;
         // Without its end a file is read as a stream, which says so when it comes there.
@@ -82,6 +92,7 @@ impl Decompressor {
         Ok(Decompressor {
             codec,
             file: Arc::new(file),
+            start,
             end,
             first,
             window: Vec::new(),
@@ -90,6 +101,7 @@ impl Decompressor {
             pool,
             rest_at,
             stream: None,
+            is_between: false,
             current: Vec::new(),
             given: 0,
         })
@@ -127,6 +139,10 @@ impl Decompressor {
     /// Takes pieces off the file for as long as the threads want any.
     fn hand_out(&mut self) -> io::Result<()> {
         while self.rest_at.is_none() && self.at < self.end && !self.pool.is_full() {
+            if self.is_behind_all()? {
+                self.at = self.end;
+                break;
+            }
             let Some(len) = self.next_len()? else {
                 self.rest_at = Some(self.at);
                 self.window = Vec::new();
@@ -134,33 +150,47 @@ impl Decompressor {
                 break;
             };
             let bytes = self.window[self.used..self.used + len].to_vec();
-            self.pool.push(Piece { at: self.at, bytes })?;
+            let ends_member = self.codec.pieces().ends_member(&bytes);
+            self.pool.push(Piece { at: self.at, is_between: self.is_between, bytes })?;
+            self.is_between = ends_member;
             self.used += len;
             self.at += len as u64;
         }
         Ok(())
     }
 
-    fn open_stream(&mut self, at: u64) -> io::Result<()> {
-        let input = FileRead { file: self.file.clone(), at, end: self.end };
-        let input = Box::new(io::BufReader::with_capacity(256 << 10, input));
-        self.stream = Some(self.codec.pieces().stream(input, &self.first)?);
-        Ok(())
+    /// Whether only zeros are left, at least as many as lzop's end has, and pieces stood before them.
+    fn is_behind_all(&mut self) -> io::Result<bool> {
+        self.fill_window(ZEROS_LEN)?;
+        let window = &self.window[self.used..];
+        if self.at == self.start || window.iter().take(ZEROS_LEN).any(|byte| *byte != 0) {
+            return Ok(false);
+        }
+        if !self.is_between && window.len() < ZEROS_LEN {
+            return Ok(false);
+        }
+        Ok(Rest::new(self.file.clone(), self.at, self.end).first_nonzero()?.is_none())
+    }
+
+    fn open_stream(&mut self, at: u64, is_between: bool) {
+        let rest = Rest::new(self.file.clone(), at, self.end);
+        self.stream = Some(Members::new(self.codec.pieces(), rest, self.first.clone(), is_between));
     }
 }
 
-/// Decompresses what can be read once only, in one thread.
+/// Decompresses what can be read once only, in one thread. Its first byte stands at the offset `at`, for messages.
 ///
 /// # Errors
 /// What reading said.
 pub fn decompress_once(
     codec: Codec,
-    mut from: impl Read + Send + 'static,
+    from: impl Read + Send + 'static,
+    at: u64,
 ) -> io::Result<Box<dyn Read + Send>> {
-    let mut first = Vec::new();
-    (&mut from).take(FIRST_LEN as u64).read_to_end(&mut first)?;
-    let input = io::Cursor::new(first.clone()).chain(from);
-    codec.pieces().stream(Box::new(io::BufReader::with_capacity(256 << 10, input)), &first)
+    let mut rest = Rest::of_pipe(Box::new(from), at);
+    let first = rest.peek(FIRST_LEN)?;
+    let first = first[..first.len().min(FIRST_LEN)].into();
+    Ok(Box::new(Members::new(codec.pieces(), rest, first, false)))
 }
 
 impl Read for Decompressor {
@@ -184,12 +214,12 @@ impl Read for Decompressor {
                         self.given = 0;
                     }
                     // A piece that is none, or holds more than one may: the stream decides, from there on.
-                    Done { at, outcome: Err(_) } => self.open_stream(at)?,
+                    Done { at, is_between, outcome: Err(_) } => self.open_stream(at, is_between),
                 },
                 None => match self.rest_at {
-                    Some(at) => self.open_stream(at)?,
+                    Some(at) => self.open_stream(at, self.is_between),
                     // An empty file is no stream of any kind.
-                    None if self.first.is_empty() => self.open_stream(self.at)?,
+                    None if self.first.is_empty() => self.open_stream(self.at, false),
                     None => return Ok(0),
                 },
             }
@@ -203,21 +233,5 @@ impl fmt::Debug for Decompressor {
             .field("codec", &self.codec)
             .field("at", &self.at)
             .finish_non_exhaustive()
-    }
-}
-
-/// A part of a file, read by offset.
-struct FileRead {
-    file: Arc<File>,
-    at: u64,
-    end: u64,
-}
-
-impl Read for FileRead {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let len = usize::try_from(self.end.saturating_sub(self.at)).unwrap_or(usize::MAX).min(buffer.len());
-        let len = self.file.read_at(&mut buffer[..len], self.at)?;
-        self.at += len as u64;
-        Ok(len)
     }
 }

@@ -23,6 +23,13 @@ fn decompress(codec: Codec, bytes: &[u8], threads: usize) -> io::Result<Vec<u8>>
     Ok(out)
 }
 
+/// Decompresses what comes through a pipe, to stand behind four bytes.
+fn decompress_piped(codec: Codec, bytes: &[u8]) -> io::Result<Vec<u8>> {
+    let mut out = Vec::new();
+    decompress_once(codec, io::Cursor::new(bytes.to_vec()), 4)?.read_to_end(&mut out)?;
+    Ok(out)
+}
+
 /// Bytes as memory has them: some pages repeat, some do not compress, some are zero.
 fn memory(len: usize) -> Vec<u8> {
     let mut state = 1u64;
@@ -119,6 +126,68 @@ fn what_stock_programs_compress_is_decompressed_joined_with_ours_or_not() {
         let joined = [two.as_slice(), &one, &compress(codec, &short, 1)].concat();
         let expected = [short.as_slice(), &bytes, &short].concat();
         assert!(decompress(codec, &joined, 2).unwrap() == expected, "{codec}");
+    }
+}
+
+#[test]
+fn zeros_behind_the_payload_are_passed_over() {
+    for codec in Codec::ALL {
+        let bytes = memory(codec.pieces().chunk_len() + 1);
+        let ours = compress(codec, &bytes, 1);
+        let stock = through(codec.name(), &["-c"], &bytes);
+        for (whose, payload) in [("ours", &ours), ("stock", &stock), ("both", &[&stock[..], &ours].concat())]
+        {
+            let expected = if whose == "both" { bytes.repeat(2) } else { bytes.clone() };
+            // Those of the last are more than a piece can be.
+            for zeros in [1, 4096, 9 << 20] {
+                let padded = [payload.as_slice(), &vec![0; zeros]].concat();
+                assert!(
+                    decompress(codec, &padded, 2).unwrap() == expected,
+                    "{codec}: {whose}, {zeros} zeros"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_hole_behind_the_payload_is_not_read() {
+    for codec in Codec::ALL {
+        let bytes = memory(100_000);
+        let mut file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        file.write_all(&through(codec.name(), &["-c"], &bytes)).unwrap();
+        // As many zeros as would take hours.
+        let len = 1 << 43;
+        file.set_len(len).unwrap();
+        let mut out = Vec::new();
+        Decompressor::with_threads(codec, file, 0, len, 2).unwrap().read_to_end(&mut out).unwrap();
+        assert!(out == bytes, "{codec}");
+    }
+}
+
+#[test]
+fn anything_else_behind_the_payload_is_an_error_that_names_its_offset() {
+    for codec in Codec::ALL {
+        let bytes = memory(100_000);
+        let ours = compress(codec, &bytes, 1);
+        let stock = through(codec.name(), &["-c"], &bytes);
+        for payload in [&ours, &stock] {
+            for zeros in [0, 1, 4, 5000] {
+                for junk in [&[1][..], b"junk and more of it", &[0xff; 5000], &[7, 0, 0, 0, 0]] {
+                    let with = [payload.as_slice(), &vec![0; zeros], junk].concat();
+                    let error = decompress(codec, &with, 2).unwrap_err();
+                    let piped = decompress_piped(codec, &with).unwrap_err();
+                    assert_eq!(error.to_string(), piped.to_string());
+                    // The payload stands behind four bytes of the file.
+                    let at = 4 + payload.len() + zeros;
+                    let expected = format!("something else stands behind the payload, at {at:#x}");
+                    assert_eq!(error.to_string(), expected, "{codec} with {zeros} zeros and {}", junk.len());
+                }
+            }
+            // What begins like a member and is none.
+            let with = [payload.as_slice(), &payload[..8], &[0xff; 100]].concat();
+            assert!(decompress(codec, &with, 2).is_err(), "{codec}");
+        }
     }
 }
 

@@ -1,14 +1,15 @@
 //! xz. Streams are told apart by their headers, which are alike within a file.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 
 use lzma_rust2::{XzOptions, XzReader, XzWriter};
 
 use super::bzip2::until_next;
-use super::{DICTIONARY_KIB_MAX, Pieces, read_piece};
+use super::{DICTIONARY_KIB_MAX, Member, Pieces, Rest, read_piece};
 
 /// The level that libvirt asks xz for.
 const PRESET: u32 = 3;
+const MAGIC: [u8; 6] = *b"\xfd7zXZ\0";
 /// Magic, flags and their CRC.
 const HEADER_LEN: usize = 12;
 
@@ -35,7 +36,17 @@ impl Pieces for Xz {
         read_piece(XzReader::new_mem_limit(piece, true, DICTIONARY_KIB_MAX), self.chunk_len())
     }
 
-    fn stream(&self, input: Box<dyn Read + Send>, _first: &[u8]) -> io::Result<Box<dyn Read + Send>> {
-        Ok(Box::new(XzReader::new_mem_limit(input, true, DICTIONARY_KIB_MAX)))
+    fn begins(&self, bytes: &[u8]) -> bool {
+        bytes.starts_with(&MAGIC)
+    }
+
+    fn member(&self, input: Rest, _first: &[u8]) -> io::Result<Box<dyn Member>> {
+        Ok(Box::new(XzReader::new_mem_limit(input, false, DICTIONARY_KIB_MAX)))
+    }
+}
+
+impl Member for XzReader<Rest> {
+    fn into_rest(self: Box<Self>) -> Rest {
+        self.into_inner()
     }
 }

@@ -1,13 +1,13 @@
 //! zstd. Where a frame ends is told by walking its blocks, which have their lengths in front.
 
 use std::cell::RefCell;
-use std::io::{self, Read};
+use std::io;
 
 use zstd::bulk::Compressor;
 use zstd::stream::read::Decoder;
 use zstd::zstd_safe::{CParameter, find_frame_compressed_size};
 
-use super::{PIECE_LEN_MAX, Pieces, read_piece};
+use super::{Member, PIECE_LEN_MAX, Pieces, Rest, read_piece};
 
 /// The level that zstd itself takes by default.
 const LEVEL: i32 = 3;
@@ -51,9 +51,20 @@ impl Pieces for Zstd {
         read_piece(decoder, self.chunk_len())
     }
 
-    fn stream(&self, input: Box<dyn Read + Send>, _first: &[u8]) -> io::Result<Box<dyn Read + Send>> {
-        let mut decoder = Decoder::new(input)?;
+    fn begins(&self, bytes: &[u8]) -> bool {
+        // A frame, or one that is to be skipped.
+        bytes.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) || matches!(bytes, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..])
+    }
+
+    fn member(&self, input: Rest, _first: &[u8]) -> io::Result<Box<dyn Member>> {
+        let mut decoder = Decoder::with_buffer(input)?.single_frame();
         decoder.window_log_max(WINDOW_LOG_MAX)?;
         Ok(Box::new(decoder))
+    }
+}
+
+impl Member for Decoder<'static, Rest> {
+    fn into_rest(self: Box<Self>) -> Rest {
+        self.finish()
     }
 }

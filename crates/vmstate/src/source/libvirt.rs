@@ -235,7 +235,7 @@ pub(crate) fn decompress(
     crate::codec::Decompressor::new(codec, file, at, end).map_err(cannot)
 }
 
-/// Decompresses what follows of what can be read once only.
+/// Decompresses what follows of what can be read once only, from the offset `at` on.
 ///
 /// # Errors
 /// As [`decompress`].
@@ -244,11 +244,12 @@ pub(crate) fn decompress_once(
     from: impl Read + Send + 'static,
     path: &Path,
     format: PayloadFormat,
+    at: u64,
 ) -> Result<Box<dyn Read + Send>> {
     let Some(codec) = crate::codec::Codec::of(format) else {
         return Err(Error::new(Kind::Misuse, format!("a {format} image is not compressed")));
     };
-    crate::codec::decompress_once(codec, from)
+    crate::codec::decompress_once(codec, from, at)
         .map_err(|error| Error::io(format!("cannot read {}", path.display()), error))
 }
 
@@ -258,6 +259,7 @@ pub(crate) fn decompress_once(
     _from: impl Read + Send + 'static,
     path: &Path,
     format: PayloadFormat,
+    _at: u64,
 ) -> Result<std::io::Empty> {
     Err(no_codec(path, format))
 }

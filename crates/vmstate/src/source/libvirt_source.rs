@@ -89,7 +89,7 @@ impl LibvirtSource {
                 );
                 return Err(Error::new(Kind::Misuse, clause).hint("give the name of the file"));
             }
-            format => Box::new(bounded(path, decompress_once(from, path, format)?, |stream| stream)?),
+            format => Box::new(bounded(path, decompress_once(from, path, format, at)?, |stream| stream)?),
         };
         Ok(LibvirtSource { head, inner })
     }
