@@ -135,7 +135,7 @@ pub fn convert(
     let mut watch = Stopwatch::start(observer);
     watch.phase("open");
     let (mut source, from_format) = open(settings, cancel, observer)?;
-    refuse_itself(settings)?;
+    refuse_itself(settings, source.end())?;
     let mut target = Target::open(&settings.to, settings.to_offset, draft_options(settings), cancel)?;
     let expected = source.data_bytes_max()?;
     settle_direct_io(settings, &mut target, expected, observer)?;
@@ -218,8 +218,9 @@ fn open(
     Ok((source, format))
 }
 
-/// Refuses an image that would be written over the one that is read. A new file of the same name is another.
-fn refuse_itself(settings: &ConvertSettings) -> Result<()> {
+/// Refuses an image that would be written over the one that is read. A new file of the same name is another, and so is a
+/// place behind `source_end`: what is written there leaves all before it as it is.
+fn refuse_itself(settings: &ConvertSettings, source_end: Option<u64>) -> Result<()> {
     let kind = TargetKind::of(&settings.to, settings.to_offset)?;
     let is_in_place = matches!(kind, TargetKind::Place | TargetKind::Device);
     let identity = |path: &PathBuf| {
@@ -228,12 +229,25 @@ fn refuse_itself(settings: &ConvertSettings) -> Result<()> {
             _ => (found.dev(), found.ino()),
         })
     };
-    if is_in_place && identity(&settings.from).is_some_and(|from| Some(from) == identity(&settings.to)) {
-        let clause = format!("{} would be written over while it is read", settings.from.display());
-        return Err(Error::new(Kind::Misuse, clause)
-            .hint("convert into another file; with --overwrite it may have the same name"));
+    if !is_in_place || identity(&settings.from).is_none_or(|from| Some(from) != identity(&settings.to)) {
+        return Ok(());
     }
-    Ok(())
+    let start = settings.to_offset.unwrap_or(0);
+    let path = settings.from.display();
+    let (clause, hint) = match source_end {
+        Some(end) if start >= end => return Ok(()),
+        Some(end) => (
+            format!(
+                "{path} would be written over while it is read: from {start:#x} on, and it is read up to {end:#x}"
+            ),
+            format!("give an --offset of {end:#x} or more, or convert into another file"),
+        ),
+        None => (
+            format!("{path} would be written over while it is read"),
+            "convert into another file; with --overwrite it may have the same name".to_owned(),
+        ),
+    };
+    Err(Error::new(Kind::Misuse, clause).hint(hint))
 }
 
 /// Moves the guest, all but what makes it an image under its name; gives the length of the device state and what

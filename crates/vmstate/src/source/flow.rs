@@ -246,6 +246,11 @@ pub trait Source: Send {
         None
     }
 
+    /// Where in its file the image ends, where that is known before it is read.
+    fn end(&self) -> Option<u64> {
+        None
+    }
+
     /// How many bytes of pages there are at the most, as far as that can be known beforehand.
     ///
     /// # Errors

@@ -183,6 +183,10 @@ impl Source for LibvirtSource {
         Some(&self.head)
     }
 
+    fn end(&self) -> Option<u64> {
+        self.inner.end()
+    }
+
     fn data_bytes_max(&self) -> Result<Option<u64>> {
         self.inner.data_bytes_max()
     }

@@ -90,6 +90,10 @@ impl Source for MappedRamSource {
         &self.shape
     }
 
+    fn end(&self) -> Option<u64> {
+        Some(self.placed.image.layout().file_len)
+    }
+
     fn data_bytes_max(&self) -> Result<Option<u64>> {
         let page = self.shape.page_size.bytes();
         let mut pages = 0;

@@ -199,6 +199,53 @@ fn an_image_moves_inside_its_file_and_its_offsets_with_it() {
 }
 
 #[test]
+fn an_image_moves_behind_itself_and_not_over_itself() {
+    let directory = directory();
+    let disk = directory.path().join("disk");
+    let guest = sparse_guest();
+    for from in [0, 0x12345, 1 << 20] {
+        guest.write_mapped_ram(&disk, from);
+        let end = std::fs::metadata(&disk).unwrap().len();
+        let before = std::fs::read(&disk).unwrap();
+        let to = |offset: u64| ConvertSettings {
+            from_offset: from,
+            to_offset: Some(offset),
+            overwrite: true,
+            ..settings(&disk, &disk, Format::MappedRam)
+        };
+        for offset in [0, from, from + 4096, end - 1] {
+            let error = run(&to(offset)).unwrap_err();
+            let clause = format!(
+                "{} would be written over while it is read: from {offset:#x} on, and it is read up to {end:#x}",
+                disk.display()
+            );
+            assert_eq!((error.kind(), error.chain()), (vmstate::Kind::Misuse, clause));
+            let hint = format!("give an --offset of {end:#x} or more, or convert into another file");
+            assert_eq!(error.hint_text(), Some(hint.as_str()));
+            assert!(std::fs::read(&disk).unwrap() == before, "a refusal changes nothing");
+        }
+        // At once behind it, somewhere behind it, and over what was moved there.
+        for offset in [end, end + 0x1_0203, end + 4096] {
+            run(&to(offset)).unwrap_or_else(|error| panic!("{offset:#x}: {}", error.chain()));
+            assert!(std::fs::read(&disk).unwrap()[..end as usize] == before, "{offset:#x}");
+            assert_eq!(read_mapped_ram(&disk, offset), Content::of(&guest), "{from:#x} to {offset:#x}");
+            for start in [from, offset] {
+                let check = vmstate::check_at(&disk, start).unwrap();
+                assert_eq!(check.report.faults, [], "{start:#x}");
+            }
+        }
+        std::fs::remove_file(&disk).unwrap();
+    }
+    // Where a stream ends is known when it was read.
+    guest.write_stream(&disk, &[]);
+    let len = std::fs::metadata(&disk).unwrap().len();
+    let settings = ConvertSettings { to_offset: Some(len), ..settings(&disk, &disk, Format::MappedRam) };
+    let error = run(&settings).unwrap_err();
+    let clause = format!("{} would be written over while it is read", disk.display());
+    assert_eq!((error.kind(), error.chain()), (vmstate::Kind::Misuse, clause));
+}
+
+#[test]
 fn a_file_may_be_replaced_by_its_own_conversion() {
     let directory = directory();
     let image = directory.path().join("image");
