@@ -12,8 +12,8 @@ use vmstate::libvirt::PayloadFormat;
 use vmstate::net::QmpAddress;
 use vmstate::source::{Format, Input, MappedRamFile, Pages, Payload, open_image, open_source};
 use vmstate::{
-    Cancel, ConvertReport, ConvertSettings, DirectIo, Kind, Record, RestoreReport, RestoreSettings, Result,
-    SaveSettings, Target, Unobserved, Via,
+    Cancel, CompareSettings, Compared, ConvertReport, ConvertSettings, DirectIo, Kind, Record, RestoreReport,
+    RestoreSettings, Result, SaveSettings, Target, Unobserved, Via,
 };
 use vmstate_rig::{client, unpack_golden};
 
@@ -197,6 +197,97 @@ fn a_payload_that_its_head_does_not_name_is_refused() {
         let error = vmstate::info(&image).unwrap_err();
         assert_eq!(error.to_string(), format!("{}: {expected}", image.display()));
     }
+}
+
+/// What convert and compare say of an image, and leave of it.
+fn told_of_damage(image: &Path, whole: &Path, to: &Path) -> Vec<(Kind, String)> {
+    let cancel = Cancel::new().unwrap();
+    let converts = [Format::Stream, Format::MappedRam].map(|format| {
+        let settings = ConvertSettings { sync: false, ..ConvertSettings::new(image, to, format) };
+        let error = vmstate::convert(&settings, &cancel, &Unobserved).unwrap_err();
+        assert!(!to.exists());
+        (error.kind(), error.chain())
+    });
+    let settings = CompareSettings::new(Compared::new(image), Compared::new(whole));
+    let error = vmstate::compare(&settings, &cancel, &Unobserved).unwrap_err();
+    let info = vmstate::info(image).unwrap_err();
+    [converts.to_vec(), vec![(error.kind(), error.chain()), (info.kind(), info.chain())]].concat()
+}
+
+#[test]
+fn a_damaged_payload_is_told_alike_by_whatever_reads_it() {
+    let unpacked = Unpacked::new();
+    let (at, to) = (unpacked.dir.path().join("at"), unpacked.dir.path().join("to"));
+    for format in ["gzip", "bzip2", "xz", "lzop", "zstd"] {
+        let image = unpacked.image(format);
+        let whole = std::fs::read(&image).unwrap();
+        let payload = 0x10901;
+        for place in [whole.len() - 20, payload + (whole.len() - payload) / 2, payload + 4000] {
+            let mut bytes = whole.clone();
+            bytes[place] ^= 0x10;
+            std::fs::write(&at, bytes).unwrap();
+            let title = format!("{format}, a byte at {place:#x}");
+            let error = vmstate::check(&at).expect_err(&title);
+            let begins = format!("{}: cannot be decompressed beyond 0x", at.display());
+            assert!(error.chain().starts_with(&begins), "{title}: {}", error.chain());
+            let expected = (Kind::Damaged, error.chain());
+            for told in told_of_damage(&at, &image, &to) {
+                assert_eq!(told, expected, "{title}");
+            }
+        }
+    }
+    // Of a gzip of one piece only its end says that it is damaged, and before it comes a record that is none.
+    let raw = std::fs::read(unpacked.image("raw")).unwrap();
+    let head = Payload::of(&open_image(&unpacked.image("gzip")).unwrap(), Path::new("gzip"), 0);
+    let mut bytes = Vec::new();
+    head.unwrap().head.unwrap().encode(&mut bytes);
+    bytes.extend([0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3]);
+    let mut stream = raw[0x10901..].to_vec();
+    // More than is read at once.
+    stream.resize(stream.len() + (3 << 20), 0);
+    let name = stream.windows(4).position(|bytes| bytes == b"\x03ram").unwrap();
+    stream[name + 11] = 9;
+    let blocks = stream.chunks(0xffff);
+    let last = blocks.len() - 1;
+    for (i, block) in blocks.enumerate() {
+        // Stored, not compressed.
+        let len = block.len() as u16;
+        bytes.push(u8::from(i == last));
+        bytes.extend([len.to_le_bytes(), (!len).to_le_bytes()].concat());
+        bytes.extend(block);
+    }
+    bytes.extend([0; 8]);
+    std::fs::write(&at, bytes).unwrap();
+    let error = vmstate::check(&at).unwrap_err();
+    let begins = format!("{}: cannot be decompressed beyond {:#x} of its stream", at.display(), stream.len());
+    assert!(error.chain().starts_with(&begins), "{}", error.chain());
+    for told in told_of_damage(&at, &unpacked.image("gzip"), &to) {
+        assert_eq!(told, (Kind::Damaged, error.chain()));
+    }
+}
+
+#[test]
+fn a_fault_of_a_sound_payload_is_told_with_its_place_in_what_comes_out() {
+    let unpacked = Unpacked::new();
+    let (at, to) = (unpacked.dir.path().join("at"), unpacked.dir.path().join("to"));
+    let raw = std::fs::read(unpacked.image("raw")).unwrap();
+    let head = Payload::of(&open_image(&unpacked.image("zstd")).unwrap(), Path::new("zstd"), 0);
+    let mut bytes = Vec::new();
+    head.unwrap().head.unwrap().encode(&mut bytes);
+    // The version of RAM's section.
+    let mut stream = raw[0x10901..].to_vec();
+    let name = stream.windows(4).position(|bytes| bytes == b"\x03ram").unwrap();
+    stream[name + 11] = 9;
+    let mut compressor = Compressor::new(Codec::Zstd, bytes).unwrap();
+    compressor.write_all(&stream).unwrap();
+    std::fs::write(&at, compressor.finish().unwrap()).unwrap();
+    let fault = format!("RAM section at {:#x}: version 9 is not 4", name - 5);
+    let expected = (Kind::Unsupported, format!("{}, decompressed: {fault}", at.display()));
+    for told in told_of_damage(&at, &unpacked.image("zstd"), &to) {
+        assert_eq!(told, expected);
+    }
+    let faults = vmstate::check(&at).unwrap().report.faults;
+    assert_eq!(faults.iter().map(ToString::to_string).collect::<Vec<_>>(), [fault]);
 }
 
 fn convert(from: &Path, to: &Path, format: Format) -> ConvertReport {

@@ -1,8 +1,8 @@
 //! An image of libvirt as a source: QEMU's bytes behind the head, as what they are.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Cursor, Read};
-use std::path::Path;
+use std::io::{BufRead, BufReader, Cursor, ErrorKind, Read};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -22,7 +22,8 @@ use crate::{Error, Kind, Result};
 
 /// How much of a decompressed stream is handed on at once.
 const CHUNK: usize = 1 << 20;
-/// The most that may come out of a compressed stream beside the RAM that it announces.
+/// The most that may come out of a compressed stream beside the RAM that it announces, in bytes: device state, records
+/// of zero pages, and what stands before the announcement.
 pub(super) const OVERHEAD_MAX: u64 = TAIL_LEN_MAX + (64 << 20);
 
 /// An image behind a head of libvirt's.
@@ -135,12 +136,12 @@ where
     R: Read,
     A: Read + Send + 'static,
 {
-    let left = Arc::new(AtomicU64::new(OVERHEAD_MAX));
-    let bounded = around(Bounded { inner: stream, left: left.clone() });
+    let ram_bytes = Arc::new(AtomicU64::new(0));
+    let bounded =
+        around(Bounded { inner: stream, path: path.to_owned(), at: 0, ram_bytes: ram_bytes.clone() });
     let from = Box::new(BufReader::with_capacity(CHUNK, bounded));
     let source = StreamSource::open(from, path, 0, Origin::Decompressor)?;
-    // A live save sends pages more than once, and libvirt saves guests that stand still.
-    left.fetch_add(source.shape().ram_bytes().min(u64::MAX / 4) * 2, Ordering::Relaxed);
+    ram_bytes.store(source.shape().ram_bytes(), Ordering::Relaxed);
     Ok(source)
 }
 
@@ -201,21 +202,58 @@ impl Source for LibvirtSource {
     }
 }
 
-/// What comes out of little may be very much: more than a guest has is refused.
+/// Hands on what is decompressed. What comes out of little may be very much: more than a guest has is refused.
 struct Bounded<R> {
     inner: R,
-    left: Arc<AtomicU64>,
+    path: PathBuf,
+    /// How many bytes came out so far.
+    at: u64,
+    /// How much RAM the stream announces, once that is known.
+    ram_bytes: Arc<AtomicU64>,
 }
 
 impl<R: Read> Read for Bounded<R> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let len = self.inner.read(buffer)?;
-        let left = self.left.load(Ordering::Relaxed).checked_sub(len as u64).ok_or_else(|| {
-            std::io::Error::other("more comes out of the compressed stream than its guest has RAM for")
-        })?;
-        self.left.store(left, Ordering::Relaxed);
+        let len = match self.inner.read(buffer) {
+            Ok(len) => len,
+            Err(error) if error.kind() == ErrorKind::Interrupted => return Err(error),
+            Err(error) => return Err(std::io::Error::other(not_decompressed(&self.path, self.at, error))),
+        };
+        self.at += len as u64;
+        refuse_too_much(&self.path, self.at, self.ram_bytes.load(Ordering::Relaxed))
+            .map_err(std::io::Error::other)?;
         Ok(len)
     }
+}
+
+/// What a payload is that cannot be decompressed; so many bytes came out of it.
+pub(super) fn not_decompressed(path: &Path, at: u64, error: std::io::Error) -> Error {
+    // Whoever reads a pipe may have been interrupted.
+    let error = match Error::from_within(error) {
+        Ok(ours) => return ours,
+        Err(error) => error,
+    };
+    let clause = format!("{}: cannot be decompressed beyond {at:#x} of its stream", path.display());
+    match error.kind() {
+        ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::UnexpectedEof | ErrorKind::Other => {
+            Error::new(Kind::Damaged, clause).because(error)
+        }
+        _ => Error::io(clause, error),
+    }
+}
+
+/// Refuses a payload out of which so many bytes came, if its guest cannot account for them.
+pub(super) fn refuse_too_much(path: &Path, len: u64, ram_bytes: u64) -> Result<()> {
+    // A live save sends pages more than once, and libvirt saves guests that stand still.
+    let most = ram_bytes.saturating_mul(2).saturating_add(OVERHEAD_MAX);
+    if len <= most {
+        return Ok(());
+    }
+    let clause = format!(
+        "{}: more than {most:#x} bytes come out of it, of a guest with {ram_bytes:#x} bytes of RAM",
+        path.display()
+    );
+    Err(Error::new(Kind::Damaged, clause))
 }
 
 #[cfg(test)]
@@ -223,12 +261,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_more_comes_out_than_is_left() {
-        let left = Arc::new(AtomicU64::new(10));
-        let mut bounded = Bounded { inner: std::io::repeat(1), left: left.clone() };
+    fn no_more_comes_out_than_a_guest_accounts_for() {
+        let ram_bytes = Arc::new(AtomicU64::new(0));
+        let mut bounded = Bounded {
+            inner: std::io::repeat(1),
+            path: "image".into(),
+            at: OVERHEAD_MAX - 10,
+            ram_bytes: ram_bytes.clone(),
+        };
         assert_eq!(bounded.read(&mut [0; 10]).unwrap(), 10);
+        let error = Error::from_within(bounded.read(&mut [0; 1]).unwrap_err()).unwrap();
+        let clause = format!(
+            "image: more than {OVERHEAD_MAX:#x} bytes come out of it, of a guest with 0x0 bytes of RAM"
+        );
+        assert_eq!((error.kind(), error.chain()), (Kind::Damaged, clause));
+        ram_bytes.store(5, Ordering::Relaxed);
+        assert_eq!(bounded.read(&mut [0; 9]).unwrap(), 9);
         assert!(bounded.read(&mut [0; 1]).is_err());
-        left.store(5, Ordering::Relaxed);
-        assert_eq!(bounded.read(&mut [0; 5]).unwrap(), 5);
     }
 }

@@ -351,3 +351,12 @@ pub(crate) fn faulty(path: &Path, fault: Fault) -> Error {
     };
     Error::new(kind, format!("{}: {fault}", path.display()))
 }
+
+/// The error that a fault of what was decompressed is: its place is none of the file.
+pub(crate) fn faulty_within(path: &Path, fault: Fault) -> Error {
+    let kind = match fault.kind {
+        FaultKind::Damaged => Kind::Damaged,
+        FaultKind::Unsupported => Kind::Unsupported,
+    };
+    Error::new(kind, format!("{}, decompressed: {fault}", path.display()))
+}

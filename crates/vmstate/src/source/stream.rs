@@ -125,7 +125,8 @@ pub(super) fn scan_pages(
             Ok::<_, wire::Fault>(())
         });
         if fed.is_err() {
-            // The scanner remembers the fault for its report.
+            // The scanner remembers the fault for its report, unless it is one of the payload.
+            bytes.drain()?;
             break;
         }
         bytes.announce(

@@ -8,13 +8,10 @@ use std::path::Path;
 use wire::{Fault, FileRange};
 
 use super::ends::{OfMemory, end_of, find_end};
-use super::extents::{TAIL_LEN_MAX, unreadable};
+use super::extents::unreadable;
+use super::libvirt_source::{not_decompressed, refuse_too_much};
 use super::{Bounds, Payload, decompress};
 use crate::{Error, Kind, Result};
-
-/// The most that a decompressed stream may have beside the RAM that it announces, in bytes: device state, records of
-/// zero pages, and what stands before the announcement.
-const OVERHEAD_MAX: u64 = TAIL_LEN_MAX + (64 << 20);
 
 /// The most device state that is taken out of a compressed stream, in bytes. Unlike that of a file it takes memory
 /// without having taken room on a disk, so less is believed.
@@ -71,21 +68,22 @@ impl<'a> StreamBytes<'a> {
                 Ok(0) => break,
                 Ok(read) => len += read,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.not_decompressed(error, len)),
+                Err(error) => return Err(not_decompressed(self.path, self.at + len as u64, error)),
             }
         }
         self.at += len as u64;
-        // A live save sends pages more than once, and libvirt saves guests that stand still.
-        let most = self.ram_bytes.saturating_mul(2).saturating_add(OVERHEAD_MAX);
-        if self.at > most {
-            let clause = format!(
-                "{}: more than {most:#x} bytes come out of it, of a guest with {:#x} bytes of RAM",
-                self.path.display(),
-                self.ram_bytes
-            );
-            return Err(Error::new(Kind::Damaged, clause));
-        }
+        refuse_too_much(self.path, self.at, self.ram_bytes)?;
         Ok(len)
+    }
+
+    /// Reads what was decompressed to its end: what it says may be wrong because the payload is.
+    ///
+    /// # Errors
+    /// That the payload is damaged.
+    pub(super) fn drain(&mut self) -> Result<()> {
+        let mut window = vec![0; 1 << 20];
+        while self.decompressed.is_some() && self.read(&mut window)? > 0 {}
+        Ok(())
     }
 
     /// The rest of the stream up to its end, of which `window` is a part that was read already.
@@ -121,18 +119,6 @@ impl<'a> StreamBytes<'a> {
             bytes.truncate((end - start) as usize);
             Rest { range: FileRange::new(start, end), decompressed: Some(bytes) }
         }))
-    }
-
-    fn not_decompressed(&self, error: std::io::Error, len: usize) -> Error {
-        let at = self.at + len as u64;
-        let clause = format!("{}: cannot be decompressed beyond {at:#x} of its stream", self.path.display());
-        match error.kind() {
-            ErrorKind::InvalidData
-            | ErrorKind::InvalidInput
-            | ErrorKind::UnexpectedEof
-            | ErrorKind::Other => Error::new(Kind::Damaged, clause).because(error),
-            _ => Error::io(clause, error),
-        }
     }
 }
 

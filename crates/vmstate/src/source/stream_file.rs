@@ -9,7 +9,7 @@ use wire::qemu::vmdesc::{self, VmDescription};
 use wire::qemu::{DeviceState, check_early, global_state, split_sections};
 
 use super::Payload;
-use super::mapped_ram::faulty;
+use super::mapped_ram::{faulty, faulty_within};
 use super::places::{Places, SentRun};
 use super::stream::{StreamContents, scan_pages};
 use super::stream_bytes::StreamBytes;
@@ -58,6 +58,11 @@ impl StreamFile {
             let clause = format!("{}: its pages fall into more than {runs_max} runs", path.display());
             return Err(Error::new(Kind::Unsupported, clause));
         }
+        let is_compressed = payload.compressed().is_some();
+        let faulty = |path: &Path, fault| match is_compressed {
+            true => faulty_within(path, fault),
+            false => faulty(path, fault),
+        };
         if let Some(fault) = contents.report.faults.first() {
             return Err(faulty(path, fault.clone()));
         }

@@ -5,13 +5,13 @@ use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 
 use page::PageSize;
-use wire::qemu::{DeviceSection, Event, StreamScanner, check_early};
+use wire::qemu::{DeviceSection, Event, StreamScanner, check_early, split_sections};
 use wire::{Fault, FileRange};
 
 use super::ends::{OfMemory, end_of, end_within, find_end};
 use super::extents::{TAIL_LEN_MAX, unreadable};
 use super::flow::{FlowingPage, FlowingPages, GuestShape, LiftedSection, Pages, Source, Tail};
-use super::mapped_ram::faulty;
+use super::mapped_ram::{faulty, faulty_within};
 use super::{Bounds, Format};
 use crate::{Error, Kind, Result};
 
@@ -130,7 +130,10 @@ impl StreamSource {
             return Ok(Said::End);
         }
         let at = self.scanner.position();
-        let step = self.scanner.step(window).map_err(|fault| faulty(path, fault))?;
+        let step = match self.scanner.step(window) {
+            Ok(step) => step,
+            Err(fault) => return Err(self.refused(fault)),
+        };
         let consumed = step.consumed;
         if let Some(head) = head {
             head.extend_from_slice(&window[..consumed]);
@@ -162,19 +165,32 @@ impl StreamSource {
         Ok(said)
     }
 
+    /// The error that a fault of the stream is; one that comes of a damaged payload is that of the payload.
+    fn refused(&mut self, fault: Fault) -> Error {
+        if matches!(self.origin, Origin::Decompressor)
+            && let Err(error) = std::io::copy(&mut self.from, &mut std::io::sink())
+        {
+            return read_failed(&self.path, error);
+        }
+        self.faulty(fault)
+    }
+
+    fn faulty(&self, fault: Fault) -> Error {
+        match self.origin {
+            Origin::Decompressor => faulty_within(&self.path, fault),
+            Origin::File(..) | Origin::Pipe => faulty(&self.path, fault),
+        }
+    }
+
     /// The bytes from `at`, where the device state begins, to the end of the stream.
     fn tail_bytes(&mut self, at: u64) -> Result<Vec<u8>> {
         let path = &self.path;
         let failed = |error| read_failed(path, error);
         let mut bytes = self.scanner.leftover().to_vec();
-        let too_long = || {
-            let problem = format!("more than {TAIL_LEN_MAX:#x} bytes");
-            faulty(path, Fault::unsupported(at, "device state", problem))
-        };
         if let Origin::File(file, bounds) = &self.origin {
-            let end = find_end(file, at, bounds.end).map_err(failed)?.map_err(|fault| faulty(path, fault))?;
+            let end = find_end(file, at, bounds.end).map_err(failed)?.map_err(|fault| self.faulty(fault))?;
             if let Some(fault) = unreadable(file, bounds.end, FileRange { start: at, end }) {
-                return Err(faulty(path, fault));
+                return Err(self.faulty(fault));
             }
             let left = (end - at).saturating_sub(bytes.len() as u64);
             (&mut self.from).take(left).read_to_end(&mut bytes).map_err(failed)?;
@@ -193,12 +209,13 @@ impl StreamSource {
             } else {
                 Ok(None)
             };
-            if let Some(end) = found.map_err(|fault| faulty(path, fault))? {
+            if let Some(end) = found.map_err(|fault| self.faulty(fault))? {
                 bytes.truncate((end - at) as usize);
                 return Ok(bytes);
             }
             if wanted > TAIL_LEN_MAX {
-                return Err(too_long());
+                let problem = format!("more than {TAIL_LEN_MAX:#x} bytes");
+                return Err(self.faulty(Fault::unsupported(at, "device state", problem)));
             }
             wanted = (4 * wanted).min(TAIL_LEN_MAX + 1);
         }
@@ -207,7 +224,7 @@ impl StreamSource {
     /// The fault of a stream that ends where it may not.
     fn ended(&self) -> Error {
         match self.scanner.finish() {
-            Err(fault) => faulty(&self.path, fault),
+            Err(fault) => self.faulty(fault),
             Ok(()) => {
                 Error::new(Kind::Damaged, format!("{}: the stream has no device state", self.path.display()))
             }
@@ -278,8 +295,8 @@ impl Source for StreamSource {
         // The lengths of early sections were guesses, which the description confirms or not.
         let early: Vec<_> = self.shape.early.iter().map(|early| early.section.clone()).collect();
         let description = if early.is_empty() { None } else { tail.vmdescription(path)? };
-        check_early(&early, description.as_ref()).map_err(|fault| faulty(path, fault))?;
-        tail.devices(path)?;
+        check_early(&early, description.as_ref()).map_err(|fault| self.faulty(fault))?;
+        split_sections(&tail.bytes, tail.at).map_err(|fault| self.faulty(fault))?;
         Ok(tail)
     }
 }
