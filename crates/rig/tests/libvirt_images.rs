@@ -196,6 +196,8 @@ fn a_payload_that_its_head_does_not_name_is_refused() {
         OpenOptions::new().write(true).open(&image).unwrap().write_all_at(&[number], 28).unwrap();
         let error = vmstate::info(&image).unwrap_err();
         assert_eq!(error.to_string(), format!("{}: {expected}", image.display()));
+        let faults = vmstate::check(&image).unwrap().report.faults;
+        assert_eq!(faults.iter().map(|fault| fault.to_string()).collect::<Vec<_>>(), [expected], "{format}");
     }
 }
 

@@ -191,6 +191,52 @@ fn answers_have_the_keys_and_exit_codes_that_are_promised() {
 }
 
 #[test]
+fn damage_that_is_found_before_the_format_is_known_is_a_fault_with_its_place() {
+    let dir = images();
+    let image = dir.path().join("image");
+    let head = |version: u8| [&b"QEVM\0\0\0"[..], &[version]].concat();
+    let configuration = |name: &[u8], version: u8| {
+        let part =
+            [&[5, name.len() as u8][..], name, &[0, 0, 0, version], &[0, 0, 0, 1, 4], b"none"].concat();
+        [head(3), vec![7, 0, 0, 0, 4], b"pc-1".to_vec(), part, vec![1; 100]].concat()
+    };
+    for (bytes, offset, field, problem) in [
+        ([head(26), vec![7; 100]].concat(), 4, "stream version", "version 26 is not 3"),
+        (
+            configuration(b"configuration/capabilities", 9),
+            17,
+            "configuration subsection `configuration/capabilities`",
+            "version 9 is not 1",
+        ),
+        (
+            configuration(b"configuration/future", 1),
+            17,
+            "configuration subsection `configuration/future`",
+            "is unknown and has no length",
+        ),
+        (head(3)[..6].to_vec(), 4, "stream version", "the input ends 2 bytes too early"),
+    ] {
+        fs::write(&image, bytes).unwrap();
+        let check = run(&format!("check --json {}", image.display()));
+        assert_eq!((check.code, check.stderr.as_str()), (Some(1), ""), "{problem}");
+        let fault = serde_json::json!({ "field": field, "offset": offset, "problem": problem });
+        let expected =
+            serde_json::json!({ "format": null, "sound": false, "faults": [fault], "more_faults": 0 });
+        assert_eq!(json(&check), expected);
+        let check = run(&format!("check {}", image.display()));
+        let path = image.display();
+        let stdout = format!("{path}: {field} at {offset:#x}: {problem}\n{path}: 1 fault found\n");
+        assert_eq!(check, Said { code: Some(1), stdout, stderr: String::new() });
+        assert_eq!(run(&format!("info {path}")).code, Some(2));
+    }
+    // What is no image at all has one line.
+    fs::write(&image, "no image").unwrap();
+    let check = run(&format!("check {}", image.display()));
+    let stdout = format!("{}: magic at 0x0: 0x6e6f2069 is not 0x5145564d (`QEVM`)\n", image.display());
+    assert_eq!(check, Said { code: Some(1), stdout, stderr: String::new() });
+}
+
+#[test]
 fn pages_for_people_read_well() {
     let qemu = booted();
     let dir = images();

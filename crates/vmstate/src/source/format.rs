@@ -4,9 +4,10 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use wire::DecodeError;
 use wire::libvirt::PayloadFormat;
 use wire::qemu::decode_preamble;
+use wire::qemu::format::QEMU_VM_FILE_MAGIC;
+use wire::{DecodeError, Fault};
 
 use super::mapped_ram::faulty;
 use super::{Bounds, Payload};
@@ -103,24 +104,43 @@ impl Format {
     /// # Errors
     /// As [`Format::of`].
     pub(crate) fn of_payload(file: &File, path: &Path, payload: &Payload) -> Result<Format> {
+        Format::survey(file, path, payload)?.map_err(|fault| faulty(path, fault))
+    }
+
+    /// The same, with what is wrong with an image that is one as the inner result.
+    ///
+    /// # Errors
+    /// [`Kind::Damaged`] where it is no image at all; [`Kind::Io`].
+    pub(crate) fn survey(
+        file: &File,
+        path: &Path,
+        payload: &Payload,
+    ) -> Result<std::result::Result<Format, Fault>> {
         let cannot = |error| Error::io(format!("cannot read {}", path.display()), error);
         let libvirts = payload.head.as_ref().map(|head| head.format);
         if let Some(format) = libvirts.filter(|format| format.is_compressed()) {
-            return Ok(Format::Libvirt(format));
+            return Ok(Ok(Format::Libvirt(format)));
         }
         let bounds = Bounds::of(file, path, payload.at)?;
         let mut head = vec![0; bounds.len().min(HEAD_LEN) as usize];
         file.read_exact_at(&mut head, payload.at).map_err(cannot)?;
-        let is_mapped = Format::of_head(&head, path, payload.at)? == Format::MappedRam;
-        match libvirts {
+        if !head.starts_with(&QEMU_VM_FILE_MAGIC.to_be_bytes()) {
+            return Format::of_head(&head, path, payload.at).map(Ok);
+        }
+        let preamble = match decode_preamble(&head, payload.at).map_err(DecodeError::at_end) {
+            Ok((preamble, _)) => preamble,
+            Err(fault) => return Ok(Err(fault)),
+        };
+        let is_mapped = preamble.configuration.is_some_and(|configuration| configuration.is_mapped_ram());
+        Ok(match libvirts {
             None => Ok(if is_mapped { Format::MappedRam } else { Format::Stream }),
             Some(format) if is_mapped == (format == PayloadFormat::Sparse) => Ok(Format::Libvirt(format)),
             Some(format) => {
                 let found = if is_mapped { "a mapped-ram image" } else { "a stream" };
                 let problem = format!("is {found}, which {format} is not");
-                Err(faulty(path, wire::Fault::damaged(payload.at, "payload", problem)))
+                Err(Fault::damaged(payload.at, "payload", problem))
             }
-        }
+        })
     }
 
     /// The format of an image whose first bytes are `head` and stand at the offset `start`. Of libvirt's, only that it

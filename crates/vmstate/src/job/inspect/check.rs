@@ -19,7 +19,7 @@ const BITMAP_CHUNK: usize = 64 << 10;
 /// The outcome of a check.
 #[derive(Clone, Debug)]
 pub struct Check {
-    /// The format that the file was read as; `None` where nothing behind a head of libvirt's could be found.
+    /// The format that the file was read as; `None` where that could not be told.
     pub format: Option<Format>,
     /// The faults, in the order of their offsets, and how many more there are. In a compressed image, offsets behind
     /// libvirt's head are those of what comes out of it.
@@ -44,7 +44,13 @@ pub fn check_at(path: &Path, start: u64) -> Result<Check> {
     let file = open_image(path)?;
     let (payload, mut report) = Payload::survey(&file, path, start)?;
     let Some(payload) = payload else { return Ok(Check { format: None, report }) };
-    let format = Format::of_payload(&file, path, &payload)?;
+    let format = match Format::survey(&file, path, &payload)? {
+        Ok(format) => format,
+        Err(fault) => {
+            report.push(fault);
+            return Ok(Check { format: None, report });
+        }
+    };
     report.append(match format.has_places() {
         true => mapped_ram(&file, path, payload.at)?,
         false => stream(&file, path, &payload)?,
