@@ -504,8 +504,15 @@ pub struct Demo {
     pub json: bool,
 }
 
+/// What `--restore-modes` takes where no sizes are given.
+const MODES_MIB: [u64; 4] = [256, 1024, 4096, 8192];
+
 #[derive(Debug, ClapArgs)]
 pub struct Bench {
+    /// The same as --restore-modes with its own sizes
+    #[arg(value_enum, value_name = "restore", conflicts_with_all = ["backend", "only", "repeat", "clones", "growth", "convert", "domain"])]
+    pub of: Option<BenchOfArg>,
+
     /// The guests' memory in MiB [default: 1024; with --growth and --convert 4096]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(64..=1_048_576))]
     pub memory: Option<u64>,
@@ -774,6 +781,12 @@ pub enum BackendArg {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BenchOfArg {
+    /// Restores in each mode and QEMU's own load beside each other
+    Restore,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BenchJobArg {
     Save,
     Restore,
@@ -795,6 +808,14 @@ impl Args {
             Command::Bench(args) => args.json,
             Command::Completions { .. } | Command::Man => false,
         }
+    }
+}
+
+impl Bench {
+    /// The sizes in MiB that the modes of a restore are measured with, if it is they.
+    pub fn sizes_of_modes(&self) -> Option<&[u64]> {
+        let asked_by_name = self.of.map(|BenchOfArg::Restore| MODES_MIB.as_slice());
+        self.restore_modes.as_deref().or(asked_by_name)
     }
 }
 

@@ -62,10 +62,10 @@ pub fn run(args: &Bench) -> vmstate::Result<Outcome> {
         require_directory(path)?;
     }
     let style = if args.markdown { Style::Markdown } else { Style::Text };
-    if let Some(sizes) = &args.restore_modes {
+    if let Some(sizes) = args.sizes_of_modes() {
         let rounds = args.rounds.unwrap_or(if args.quick { 1 } else { ROUNDS });
         let settings = ModesSettings {
-            sizes_mib: sizes.clone(),
+            sizes_mib: sizes.to_vec(),
             rounds: rounds.into(),
             directory,
             time_limit: args.rounds.is_none().then_some(MODES_TIME_LIMIT),
@@ -193,6 +193,7 @@ mod tests {
     use super::*;
     use crate::args::{Args, Command};
     use clap::Parser;
+    use clap::error::ErrorKind;
 
     fn args_of(line: &str) -> Bench {
         let args = Args::parse_from(["vmstate", "bench"].into_iter().chain(line.split_whitespace()));
@@ -220,6 +221,28 @@ mod tests {
             );
         }
         assert_eq!(settings_of("").memory_mib, 1024);
+    }
+
+    #[test]
+    fn the_modes_of_a_restore_are_asked_for_by_option_or_by_name() {
+        for (line, sizes) in [
+            ("", None),
+            ("--restore-modes", Some([256, 1024, 4096, 8192].as_slice())),
+            ("restore", Some(&[256, 1024, 4096, 8192])),
+            ("--quick --json restore --plot modes.svg", Some(&[256, 1024, 4096, 8192])),
+            ("restore --restore-modes 64,128", Some(&[64, 128])),
+        ] {
+            assert_eq!(args_of(line).sizes_of_modes(), sizes, "{line}");
+        }
+        for (line, kind) in [
+            ("restore --growth", ErrorKind::ArgumentConflict),
+            ("restore --only restore", ErrorKind::ArgumentConflict),
+            ("restore --domain d", ErrorKind::ArgumentConflict),
+            ("save", ErrorKind::InvalidValue),
+        ] {
+            let words = ["vmstate", "bench"].into_iter().chain(line.split_whitespace());
+            assert_eq!(Args::try_parse_from(words).unwrap_err().kind(), kind, "{line}");
+        }
     }
 
     #[test]
