@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full bench check golden fuzz guest setup
+.PHONY: help demo test test-full bench check callgrind golden fuzz guest setup
 
 # Prints how long a suite took, and keeps its exit status.
 timed = start=$$SECONDS; $(2) || { status=$$?; echo "-- $(1): failed after $$((SECONDS - start)) s"; exit $$status; }; \
@@ -18,7 +18,7 @@ demo: setup ## Save and restore a guest in real QEMUs, and show what it took
 test: setup check ## Everything that CI runs
 	@cargo xtask test
 
-test-full: test ## The above, all of QEMU 7.2, old libvirts, and a longer fuzz
+test-full: test callgrind ## The above, counted instructions, all of QEMU 7.2, old libvirts, and a longer fuzz
 	@scripts/setup-old-libvirt.sh
 	@$(call timed,full suites,VMSTATE_TEST_FULL=1 cargo test --quiet --package vmstate-rig)
 	@$(MAKE) --no-print-directory fuzz
@@ -29,6 +29,10 @@ check: ## Format, lints, documentation and the checks of the tree
 	@$(call timed,lints,cargo clippy --quiet --workspace --all-targets -- -D warnings)
 	@$(call timed,documentation,RUSTDOCFLAGS='-D warnings' cargo doc --quiet --workspace --no-deps)
 	@$(call timed,tree,cargo xtask layers && cargo xtask tidy && cargo xtask golden)
+
+callgrind: ## Count the instructions of what is done most, and compare them with SPECIFICATION.md
+	@scripts/setup.sh valgrind
+	@$(call timed,instructions,cargo xtask callgrind)
 
 bench: setup ## Compare QEMU's own ways with ours in one run
 	@cargo build --quiet --release --package vmstate-cli

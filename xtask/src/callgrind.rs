@@ -5,7 +5,7 @@
 //! processor has, so they are compared only when both are those of the table.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::{Findings, tree};
@@ -72,12 +72,17 @@ fn count_all(root: &Path) -> Result<Vec<(String, u64)>, String> {
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--release", "--package", package, "--example", example]);
         output(build.current_dir(root), "cargo is not there")?;
-        let program = root.join("target/release/examples").join(example);
+        let program = root.join(target_dir()).join("release/examples").join(example);
         for name in output(&mut Command::new(&program), "the example is not there")?.lines() {
             counted.push((name.to_owned(), count(&program, name)?));
         }
     }
     Ok(counted)
+}
+
+/// Where cargo builds, from the root of the tree.
+fn target_dir() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from)
 }
 
 fn count(program: &Path, name: &str) -> Result<u64, String> {
