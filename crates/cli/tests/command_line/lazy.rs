@@ -1,6 +1,9 @@
-//! A guest whose memory was on its way when vmstate was killed, and `vmstate restore --resume`.
+//! A guest whose memory was on its way when vmstate was killed or the image became unreadable, and `--resume`.
 
-use std::process::Stdio;
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+use std::process::{Child, Stdio};
 
 use lab::{Guest, GuestSettings, Incoming, MachineKind, Qemu, QemuSpec};
 
@@ -17,11 +20,26 @@ pub fn spec() -> QemuSpec {
 }
 
 /// Saves the guest while it runs, and says which round it had finished.
-pub fn save(source: &mut Qemu, image: &std::path::Path) -> u32 {
+pub fn save(source: &mut Qemu, image: &Path) -> u32 {
     source.wait_for_round(2, DEADLINE).unwrap();
     let said = run(&format!("save --qmp {} {}", source.qmp_path().display(), image.display()));
     assert_eq!(said.code, Some(0), "{said:?}");
     source.serial.latest_round().unwrap()
+}
+
+/// Begins a lazy restore, and returns when the guest runs.
+fn restore_slowly(target: &Qemu, image: &Path) -> Child {
+    let mut watcher = crate::other(target);
+    // The background takes hours at this rate; what the guest asks for comes at once.
+    let child = vmstate()
+        .args(["restore", "--mode", "lazy", "--max-bandwidth", "64K", "--qmp"])
+        .args([&target.qmp_path(), image])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while watcher.next_event(None).unwrap().is_none_or(|event| event.name != "RESUME") {}
+    child
 }
 
 #[test]
@@ -36,16 +54,7 @@ fn a_guest_whose_lazy_restore_was_killed_is_given_the_rest_and_is_whole() {
     for at_once in [true, false] {
         let mut target = QemuSpec { incoming: Incoming::Defer, ..spec() }.start().unwrap();
         let (qmp, second) = (target.qmp_path(), target.second_qmp_path());
-        let mut watcher = crate::other(&target);
-        // The background takes hours at this rate; what the guest asks for comes at once.
-        let mut child = vmstate()
-            .args(["restore", "--mode", "lazy", "--max-bandwidth", "64K", "--qmp"])
-            .args([&qmp, &image])
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        while watcher.next_event(None).unwrap().is_none_or(|event| event.name != "RESUME") {}
-        drop(watcher);
+        let mut child = restore_slowly(&target, &image);
         if !at_once {
             target.wait_for_round(round + 1, DEADLINE).unwrap();
         }
@@ -74,4 +83,47 @@ fn a_guest_whose_lazy_restore_was_killed_is_given_the_rest_and_is_whole() {
         let text = "this guest waits for no memory (migration status `completed`)";
         assert!(again.stdout.contains(text), "{again:?}");
     }
+}
+
+#[test]
+fn a_guest_whose_image_could_not_be_read_any_more_is_given_the_rest_when_it_can_and_is_whole() {
+    let dir = images();
+    let (image, whole) = (dir.path().join("vm.img"), dir.path().join("whole.img"));
+    let mut source = spec().start().unwrap();
+    let round = save(&mut source, &image);
+    drop(source);
+    fs::copy(&image, &whole).unwrap();
+    let mut target = QemuSpec { incoming: Incoming::Defer, ..spec() }.start().unwrap();
+    let mut child = restore_slowly(&target, &image);
+    // The guest goes on up to the first page that lay behind this.
+    File::options().write(true).open(&image).unwrap().set_len(64 << 20).unwrap();
+    while child.try_wait().unwrap().is_none() {
+        // Of a page that was made up the guest would tell, and halt.
+        if let Err(error) = target.serial.latest_round() {
+            child.kill().unwrap();
+            panic!("{error}");
+        }
+        std::thread::yield_now();
+    }
+    let said = Said::from(child.wait_with_output().unwrap());
+    // Whether it is the guest's own request or the background that meets the end decides about the words.
+    let hint = "\nhint: the guest waits for the rest of its memory: vmstate restore --resume IMAGE --qmp ADDR gives it \
+                that\n";
+    let is_told = said.stderr.contains(&*image.to_string_lossy()) && said.stderr.ends_with(hint);
+    assert!(said.code == Some(2) && is_told, "{said:?}");
+    let resume = format!("restore --json --resume {} --qmp {}", image.display(), target.qmp_path().display());
+    let early = run(&resume);
+    assert_eq!(early.code, Some(2), "{early:?}");
+    assert!(early.stderr.ends_with("go beyond the end of the file at 0x4000000\n"), "{early:?}");
+
+    let mut file = File::options().write(true).open(&image).unwrap();
+    io::copy(&mut File::open(&whole).unwrap(), &mut file).unwrap();
+    let said = run(&resume);
+    assert_eq!((said.code, said.stderr.as_str()), (Some(0), ""), "{said:?}");
+    let report: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
+    let bytes = |key: &str| report[key].as_u64().unwrap();
+    assert_eq!(report["run_state"], "running", "{report}");
+    assert!(bytes("arrived_bytes") > 0 && bytes("read_bytes") > 0, "{report}");
+    // The guest verifies every page in each round, and halts at the first that is not right.
+    target.wait_for_round(round + 3, DEADLINE).unwrap();
 }
