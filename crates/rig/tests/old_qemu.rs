@@ -13,9 +13,11 @@ use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, Qemu
 use page::PageSize;
 use serde_json::{Map, json};
 use vmstate::net::QmpAddress;
+use vmstate::qmp::Client;
 use vmstate::source::{Format, MappedRamFile};
 use vmstate::{
-    Cancel, ConvertSettings, Kind, Mode, Record, RestoreSettings, SaveSettings, Target, Unobserved, Via,
+    Cancel, ConvertSettings, Kind, Mode, Record, RestoreSettings, SaveSettings, TakeUpSettings, Target,
+    Unobserved, Via,
 };
 use vmstate_rig::{
     DEADLINE, StockLoad, client, compare_images, stock_load, stock_migrate, stock_save, verify_image,
@@ -171,6 +173,60 @@ fn qemu_7_2_says_that_it_maps_no_image_and_gets_all_of_it_instead() {
             }
         }
     }
+}
+
+/// It has no connection of its own for pages that are asked for, so it is given one descriptor.
+#[test]
+fn a_lazy_restore_into_qemu_7_2_that_broke_off_is_taken_up_again() {
+    let Some(spec) = old(MachineKind::Q35, MemoryBackend::Plain, 256) else { return };
+    let dir = images();
+    let (image, whole) = (dir.path().join("vm.img"), dir.path().join("whole.img"));
+    let mut source = spec.start().unwrap();
+    source.wait_for_round(2, DEADLINE).unwrap();
+    save(&source, &image);
+    let round = source.serial.latest_round().unwrap();
+    drop(source);
+    std::fs::copy(&image, &whole).unwrap();
+
+    let mut target =
+        QemuSpec { incoming: Incoming::Defer, second_qmp: true, ..spec.clone() }.start().unwrap();
+    let never = Cancel::new().unwrap();
+    let mut watcher = Client::connect(&QmpAddress::Unix(target.second_qmp_path()), &never).unwrap();
+    let qmp = QmpAddress::Unix(target.qmp_path());
+    // The background takes an hour at this rate; what the guest asks for comes at once.
+    let settings = RestoreSettings {
+        mode: Mode::Lazy,
+        rate_max: Some("64K".parse().unwrap()),
+        ..RestoreSettings::new(&image, Target::Waiting(qmp.clone()))
+    };
+    let error = std::thread::scope(|scope| {
+        let restored = scope.spawn(|| vmstate::restore(&settings, &never, &Unobserved));
+        while watcher.next_event(None).unwrap().is_none_or(|event| event.name != "RESUME") {}
+        // The guest goes on up to the first page that lay behind this.
+        File::options().write(true).open(&image).unwrap().set_len(64 << 20).unwrap();
+        while !restored.is_finished() {
+            // Of a page that was made up the guest would tell, and halt.
+            if let Err(error) = target.serial.latest_round() {
+                target.kill().unwrap();
+                panic!("{error}");
+            }
+            std::thread::yield_now();
+        }
+        restored.join().unwrap().unwrap_err()
+    });
+    assert!(error.hint_text().is_some_and(|hint| hint.contains("restore --resume")), "{}", error.chain());
+
+    let mut file = File::options().write(true).open(&image).unwrap();
+    std::io::copy(&mut File::open(&whole).unwrap(), &mut file).unwrap();
+    let settings = TakeUpSettings { image, offset: 0, qmp, force: false, rate_max: None };
+    let report = vmstate::take_up(&settings, &never, &Unobserved)
+        .unwrap_or_else(|error| panic!("{}; {}", error.chain(), target.stderr()));
+    assert_eq!((report.run_state.as_str(), report.faults.preempt), ("running", false), "{report:?}");
+    assert!(report.arrived_bytes > 0 && report.read_bytes > 0, "{report:?}");
+    // The guest verifies every page in each round, and halts at the first that is not right.
+    target.wait_for_round(round + 3, DEADLINE).unwrap();
+    let left_on = watcher.capabilities().unwrap();
+    assert!(left_on.iter().all(|c| !c.state || c.name == "events"), "{left_on:?}");
 }
 
 fn convert(from: &Path, to: &Path, format: Format) {
