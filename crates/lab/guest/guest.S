@@ -8,7 +8,8 @@
 #   It enters long mode, maps the first 64 GiB one to one with pages of 2 MiB, and owns
 #     - low RAM from 2 MiB to 2 MiB below its end (the firmware keeps its tables there), and
 #     - all RAM from 4 GiB on, up to 64 GiB,
-#   each range cut short by a parameter. Round r = 1, 2, 3 … visits every owned page in ascending order:
+#   each range cut short by a parameter. Round r = 1, 2, 3 … visits every owned page, range by range, in steps of
+#   a parameter, which is 1: in ascending order:
 #     - the first and the last word (64 bits) must hold `index | (r - 1) << 40`, where index is the
 #       guest-physical address >> 12; in round 1 nothing is checked;
 #     - then it writes `index | r << 40` to the first word, with `r <= fill_rounds` a sequence seeded by
@@ -165,8 +166,22 @@ pause_ticks:            .long   0
         .word   0xaa55
 
 second:
-# Visits the pages %ebx..%esi.
-1:      movq    %rbx, %rdi
+# Visits the pages %ebx..%esi. From the first it goes on by `stride` pages, modulo the power of two that holds them
+# all, leaving out what lies beyond the end, until it is back at the first. An odd stride comes by all of them.
+sweep:  subl    %ebx, %esi
+        jbe     6f
+        movl    %ebx, %r10d
+        leal    -1(%rsi), %ecx
+        orl     $1, %ecx
+        bsrl    %ecx, %ecx
+        movl    $2, %r11d
+        shll    %cl, %r11d
+        decl    %r11d
+        xorl    %r15d, %r15d
+1:      cmpl    %esi, %r15d
+        jae     5f
+        leal    (%r10, %r15), %ebx
+        movq    %rbx, %rdi
         shlq    $12, %rdi
         leal    -1(%rbp), %eax
         shlq    $40, %rax
@@ -190,10 +205,10 @@ second:
         movq    %rdx, (%rdi)
         loop    3b
 4:      movq    %rax, (%r14)
-        incl    %ebx
-sweep:  cmpl    %esi, %ebx
-        jb      1b
-        ret
+5:      addl    stride, %r15d
+        andl    %r11d, %r15d
+        jnz     1b
+6:      ret
 
 bad:    movl    %ebx, %edx
         movb    $'E', %al
@@ -265,4 +280,7 @@ idtr:   .word   8 * 16 + 15
 gate:   .word   tick, 8, 0x8e00, 0
         .quad   0
 
+# One more parameter.
+        .org    _start + 0x3fc
+stride:                 .long   1
         .org    _start + 1024

@@ -18,6 +18,10 @@ const PAGES_HIGH_MAX: usize = 0x1ec;
 const HALT_AFTER_ROUND: usize = 0x1f0;
 const FILL_ROUNDS: usize = 0x1f4;
 const PAUSE_TICKS: usize = 0x1f8;
+const STRIDE: usize = 0x3fc;
+
+/// A stride that scatters: the odd number nearest to 2^32 divided by the golden ratio.
+pub const SCATTERED: u32 = 0x9e37_79b1;
 
 /// The first page that the guest owns in low RAM: 2 MiB.
 const LOW_FIRST: u64 = 0x200;
@@ -43,6 +47,9 @@ pub struct GuestSettings {
     pub fill_rounds: u32,
     /// How many ticks of the timer (55 ms each) the guest sleeps after each round.
     pub pause_ticks: u32,
+    /// How many pages the guest goes on by, modulo the power of two that holds a range, leaving out what lies beyond
+    /// its end. Odd, so that it comes by all of them: 1 is ascending order, [`SCATTERED`] none that one sees.
+    pub stride: u32,
 }
 
 impl Default for GuestSettings {
@@ -53,6 +60,7 @@ impl Default for GuestSettings {
             halt_after_round: 0,
             fill_rounds: 0,
             pause_ticks: 0,
+            stride: 1,
         }
     }
 }
@@ -74,7 +82,11 @@ pub struct Guest {
 
 impl Guest {
     /// A guest with these settings.
+    ///
+    /// # Panics
+    /// Where the stride is even: the guest would never see half of its pages.
     pub const fn new(settings: GuestSettings) -> Guest {
+        assert!(settings.stride % 2 == 1, "an even stride leaves pages out");
         Guest { settings }
     }
 
@@ -88,6 +100,7 @@ impl Guest {
             (HALT_AFTER_ROUND, self.settings.halt_after_round),
             (FILL_ROUNDS, self.settings.fill_rounds),
             (PAUSE_TICKS, self.settings.pause_ticks),
+            (STRIDE, self.settings.stride),
         ] {
             image[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
         }
@@ -102,7 +115,7 @@ impl Guest {
         fs::write(path, self.image_bytes()).map_err(Error::file("write", path))
     }
 
-    /// The guest-physical pages that the guest owns in this machine, in the order in which it visits them.
+    /// The guest-physical pages that the guest owns in this machine. It visits the one range, then the other.
     ///
     /// The guest learns the same from CMOS 0x34-0x35 and 0x5b-0x5d, in units of 64 KiB.
     pub fn owned_ranges(&self, layout: &RamLayout) -> [GuestRange; 2] {
@@ -118,6 +131,17 @@ impl Guest {
                 end: HIGH_FIRST + high_pages.min(self.settings.pages_high_max.into()),
             },
         ]
+    }
+
+    /// The same pages in the order in which it visits them.
+    pub fn visited_pages(&self, layout: &RamLayout) -> impl Iterator<Item = u64> + use<> {
+        let stride = u64::from(self.settings.stride);
+        self.owned_ranges(layout).into_iter().flat_map(move |range| {
+            let count = range.end - range.start;
+            let mask = u64::MAX >> (count.saturating_sub(1) | 1).leading_zeros();
+            let offsets = (0..=mask).map(move |i| i.wrapping_mul(stride) & mask);
+            offsets.filter(move |offset| *offset < count).map(move |offset| range.start + offset)
+        })
     }
 
     /// How many pages the guest owns in this machine; what it prints after `P`.
@@ -143,12 +167,41 @@ mod tests {
             halt_after_round: 0x0c0b_0a09,
             fill_rounds: 0x100f_0e0d,
             pause_ticks: 0x1413_1211,
+            stride: 0x1817_1615,
         };
         let patched = Guest::new(settings).image_bytes();
         assert_eq!(patched[0x1e8..0x1fc], (1..=20).collect::<Vec<u8>>()[..]);
         assert_eq!(patched[0x1fc..0x200], [0, 0, 0x55, 0xaa]);
         assert_eq!(patched[..0x1e8], defaults[..0x1e8]);
-        assert_eq!(patched[0x200..], defaults[0x200..]);
+        assert_eq!(patched[0x200..0x3fc], defaults[0x200..0x3fc]);
+        assert_eq!(patched[0x3fc..0x400], (21..=24).collect::<Vec<u8>>()[..]);
+        assert_eq!(patched[0x400..], defaults[0x400..]);
+    }
+
+    #[test]
+    fn every_owned_page_is_visited_once_whatever_the_stride() {
+        let layout = RamLayout::new(MachineKind::Pc, 5120 << 20);
+        for (low, high) in [(0, 0), (1, 0), (2, 1), (3, 4), (3000, 1000), (4096, 4097)] {
+            for stride in [1, 3, SCATTERED, u32::MAX] {
+                let limits = GuestSettings { pages_low_max: low, pages_high_max: high, ..Default::default() };
+                let guest = Guest::new(GuestSettings { stride, ..limits });
+                let mut visited: Vec<_> = guest.visited_pages(&layout).collect();
+                let name = format!("{low} and {high} pages, stride {stride:#x}");
+                if stride == SCATTERED && low == 3000 {
+                    let near = visited.windows(2).filter(|two| two[0].abs_diff(two[1]) < 64).count();
+                    assert_eq!(near, 0, "{name}");
+                }
+                if stride != 1 {
+                    visited.sort();
+                }
+                let ascending: Vec<_> = guest
+                    .owned_ranges(&layout)
+                    .into_iter()
+                    .flat_map(|range| range.start..range.end)
+                    .collect();
+                assert_eq!(visited, ascending, "{name}");
+            }
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ mod serial;
 
 pub use assets::assets_dir;
 pub use error::{Error, Result};
-pub use guest::{Guest, GuestSettings};
+pub use guest::{Guest, GuestSettings, SCATTERED};
 pub use layout::{GuestRange, MachineKind, RamLayout};
 pub use linux::{Count, LinuxGuest, LinuxSettings};
 pub use pattern::{Fault, Pattern, VerifyError, check_page, verify};

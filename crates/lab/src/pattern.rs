@@ -1,8 +1,8 @@
 //! Judges the memory of the built-in guest, wherever a copy of it lies.
 //!
-//! The guest writes pages in ascending order, so whenever it is stopped its memory looks like this: pages of the
-//! current round, at most one page in the middle of being written, pages of the round before. Everything else
-//! was lost, came late, or was mixed from two moments.
+//! The guest writes pages in an order that is known, so whenever it is stopped its memory looks like this, in that
+//! order: pages of the current round, at most one page in the middle of being written, pages of the round before.
+//! Everything else was lost, came late, or was mixed from two moments.
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -44,7 +44,7 @@ pub enum Fault {
         /// The round of its last 8 bytes.
         last_round: u32,
     },
-    /// A page of an old round where a page after it is newer.
+    /// A page of an old round where a page that the guest visits later is newer.
     #[error("page {page:#x} holds round {round}, where round {expected} belongs")]
     Stale {
         /// The page.
@@ -156,12 +156,10 @@ pub fn verify<E>(
 ) -> Result<Pattern, VerifyError<E>> {
     let mut judge = Judge::new(guest.settings.fill_rounds);
     let mut bytes = [0; PAGE_BYTES];
-    for range in guest.owned_ranges(layout) {
-        for page in range.start..range.end {
-            let offset = layout.block_offset(page << 12).expect("a guest owns nothing but RAM");
-            read_page(offset, &mut bytes).map_err(|source| VerifyError::Read { page, source })?;
-            judge.see(page, &bytes)?;
-        }
+    for page in guest.visited_pages(layout) {
+        let offset = layout.block_offset(page << 12).expect("a guest owns nothing but RAM");
+        read_page(offset, &mut bytes).map_err(|source| VerifyError::Read { page, source })?;
+        judge.see(page, &bytes)?;
     }
     Ok(judge.pattern)
 }
@@ -280,11 +278,16 @@ mod tests {
 
     impl Memory {
         fn new(fill_rounds: u32, round: u32, written: u64) -> Memory {
-            let settings = GuestSettings { pages_low_max: 8, fill_rounds, ..GuestSettings::default() };
+            Memory::in_steps_of(1, fill_rounds, round, written)
+        }
+
+        fn in_steps_of(stride: u32, fill_rounds: u32, round: u32, written: u64) -> Memory {
+            let settings =
+                GuestSettings { pages_low_max: 8, fill_rounds, stride, ..GuestSettings::default() };
             let mut memory = Memory { guest: Guest::new(settings), pages: vec![[0; PAGE_BYTES]; 8] };
-            for page in 0..8 {
-                for past in 1..round + u32::from(page < written) {
-                    memory.write(page, past);
+            for i in 0..8 {
+                for past in 1..round + u32::from(i < written) {
+                    memory.write(i * u64::from(stride) % 8, past);
                 }
             }
             memory
@@ -326,6 +329,18 @@ mod tests {
                 assert_eq!(pattern, Ok(expected), "fill {fill_rounds}, round {round}, {written} pages");
             }
         }
+    }
+
+    #[test]
+    fn a_guest_that_scatters_is_judged_in_its_own_order() {
+        let pattern = Memory::in_steps_of(5, 1, 7, 3).verify();
+        let expected = Pattern { round: 7, pages_at_round: 3, pages_before: 5, in_progress: None };
+        assert_eq!(pattern, Ok(expected));
+        let mut memory = Memory::in_steps_of(5, 1, 7, 3);
+        // 0, 5, 2, and then this one.
+        memory.write(4, 7);
+        let expected = Fault::Stale { page: 0x207, round: 6, expected: 7 };
+        assert_eq!(memory.verify(), Err(VerifyError::Fault(expected)));
     }
 
     #[test]

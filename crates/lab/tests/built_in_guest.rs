@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use qmp::Qmp;
 use vmstate_lab::{
-    Error, Fault, Guest, GuestSettings, MachineKind, MemoryBackend, Pattern, Qemu, QemuSpec, VerifyError,
-    verify,
+    Error, Fault, Guest, GuestSettings, MachineKind, MemoryBackend, Pattern, Qemu, QemuSpec, SCATTERED,
+    VerifyError, verify,
 };
 
 /// Generous: a wait ends as soon as what it waits for has come.
@@ -78,6 +78,21 @@ fn it_owns_what_the_layout_says_and_its_memory_is_whole_whenever_it_is_stopped()
 
         // It goes on, and finds all its pages as it left them.
         vm.qemu.wait_for_round(pattern.round + 2, DEADLINE).expect(&name);
+    }
+}
+
+#[test]
+fn a_guest_that_scatters_is_whole_in_its_own_order_whenever_it_is_stopped() {
+    let settings =
+        GuestSettings { pages_low_max: 3000, pages_high_max: 2000, fill_rounds: 1, ..Default::default() };
+    let mut vm = Machine::boot(MachineKind::Q35, 3072, GuestSettings { stride: SCATTERED, ..settings });
+    let mut round = vm.qemu.wait_for_round(1, DEADLINE).unwrap();
+    // Between two rounds any order would do.
+    let mut amid = 0;
+    while amid < 3 {
+        let pattern = vm.verify_stopped().unwrap();
+        amid += u32::from(pattern.pages_before > 0);
+        round = vm.qemu.wait_for_round(round + 1, DEADLINE).unwrap();
     }
 }
 

@@ -10,7 +10,7 @@ mod huge;
 
 use huge::HugePool;
 
-use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec};
+use lab::{Guest, GuestSettings, Incoming, MachineKind, MemoryBackend, Qemu, QemuSpec, SCATTERED};
 use vmstate::net::QmpAddress;
 use vmstate::source::{Format, MappedRamFile};
 use vmstate::{
@@ -28,7 +28,10 @@ struct Saved {
 
 /// A guest that fills what it owns and then keeps writing to it, saved while it ran.
 fn saved(spec: QemuSpec, pages: u32) -> Saved {
-    let settings = GuestSettings { pages_low_max: pages, fill_rounds: 1, ..GuestSettings::default() };
+    saved_with(spec, GuestSettings { pages_low_max: pages, fill_rounds: 1, ..GuestSettings::default() })
+}
+
+fn saved_with(spec: QemuSpec, settings: GuestSettings) -> Saved {
     let spec = QemuSpec { guest: Some(Guest::new(settings)), ..spec };
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let image = dir.path().join("vm.img");
@@ -256,9 +259,13 @@ fn a_guest_of_qemu_7_2_goes_on_in_either_qemu_before_its_memory_has_come() {
     }
 }
 
-/// Many guests, each saved at another moment and restored on demand, the next one from the one before.
+/// Many guests, each saved at another moment and restored on demand, the next one from the one before. They write
+/// their pages all over the place, and the background does not.
 fn rounds(spec: QemuSpec, count: u32) {
-    let mut saved = saved(QemuSpec { ..spec }, 3000);
+    let mut saved = saved_with(
+        spec,
+        GuestSettings { pages_low_max: 3000, fill_rounds: 1, stride: SCATTERED, ..Default::default() },
+    );
     let next = saved.image.with_extension("next");
     for round in 0..count {
         let mut target = waiting(&saved, MemoryBackend::Plain);
