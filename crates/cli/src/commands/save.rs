@@ -247,12 +247,18 @@ fn rehearsal_as_json(rehearsal: &Rehearsal) -> serde_json::Value {
 fn phases(report: &SaveReport) {
     for (name, took) in &report.phases.0 {
         say(format!("  {name:<13} {:>9}", time(*took)));
+        if let ("ram", Some(presence)) = (*name, report.presence) {
+            say(format!("    presence    {:>9}", time(presence)));
+        }
     }
 }
 
 fn as_json(report: &SaveReport) -> serde_json::Value {
-    let phases: Map<_, _> =
+    let mut phases: Map<_, _> =
         report.phases.0.iter().map(|(name, took)| ((*name).replace(' ', "_") + "_ms", ms(*took))).collect();
+    if let Some(presence) = report.presence {
+        phases.insert("presence_ms".to_owned(), ms(presence));
+    }
     json!({
         "via": report.via.name(),
         "reason": report.reason,

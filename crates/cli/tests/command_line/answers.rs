@@ -57,6 +57,23 @@ fn masked(text: &str, path: &Path) -> String {
 }
 
 #[test]
+fn what_a_verbose_save_tells_of_its_phases_has_how_long_presence_was_waited_for() {
+    let qemu = booted();
+    let dir = images();
+    for (via, expected) in [("direct", vec!["presence"]), ("qemu", vec![])] {
+        let image = dir.path().join(via);
+        let options = format!("save -v --via {via} --then resume");
+        let said = run(&format!("{options} --qmp {} {}", qemu.qmp_path().display(), image.display()));
+        assert_eq!(said.code, Some(0), "{said:?}");
+        // What is a part of a phase stands below it, further in.
+        let lines = said.stderr.lines().skip_while(|line| !line.starts_with("  ram  ")).skip(1);
+        let parts = lines.map_while(|line| line.strip_prefix("    "));
+        let names: Vec<_> = parts.filter_map(|line| line.split_whitespace().next()).collect();
+        assert_eq!(names, expected, "{said:?}");
+    }
+}
+
+#[test]
 fn answers_have_the_keys_and_exit_codes_that_are_promised() {
     let qemu = booted();
     let dir = images();
@@ -92,6 +109,7 @@ fn answers_have_the_keys_and_exit_codes_that_are_promised() {
             "device_state_ms",
             "metadata_ms",
             "name_ms",
+            "presence_ms",
             "probe_ms",
             "publish_ms",
             "ram_ms",
@@ -99,6 +117,9 @@ fn answers_have_the_keys_and_exit_codes_that_are_promised() {
             "stop_ms",
         ]
     );
+    let phase_ms = |name: &str| json(&save)["phases"][name].as_f64().unwrap();
+    assert!(phase_ms("presence_ms") > 0.0, "{save:?}");
+    assert!(phase_ms("presence_ms") <= phase_ms("ram_ms"), "{save:?}");
 
     // An error is one object as well, and two lines for people.
     let again = run(&format!("save --json --qmp {} {path}", qemu.qmp_path().display()));

@@ -5,6 +5,7 @@ mod compare;
 mod convert;
 mod inspect;
 pub mod planning;
+mod presence;
 mod progress;
 mod restore;
 mod resume;
@@ -25,6 +26,7 @@ pub use inspect::{DescribedBy, DevicesSettings, SectionContent, SectionReport, d
 pub use inspect::{
     FilePlace, Joiner, MapKind, MapRange, MapRun, MapSettings, MapVisitor, MappedImage, map, map_changes,
 };
+pub use presence::Presence;
 pub use progress::{Estimate, Pace, Progress, ProgressReading};
 pub use restore::{Answer, Server, start_server};
 pub use restore::{DomainRestoreReport, DomainRestoreSettings, restore_domain};

@@ -17,7 +17,7 @@ use wire::qemu::{Item, Preamble, RamSetup, RecordEncoder};
 use super::devices::{DeviceState, LiftedDevices, not_understood};
 use super::flow::{ByteSink, Means, write_failed};
 use super::records::{Makers, PagesSent, Records};
-use crate::job::untold_pages;
+use crate::job::Presence;
 use crate::manifest::Manifest;
 use crate::qemu::Probe;
 use crate::{Error, Kind, Result};
@@ -84,6 +84,7 @@ impl StreamComposition {
         out: &mut dyn ByteSink,
         means: &Means,
         limit: Option<&RateLimit>,
+        presence: &mut Presence,
     ) -> Result<PagesSent> {
         out.write_all(&self.head).map_err(write_failed)?;
         let mut sent = PagesSent::default();
@@ -111,12 +112,11 @@ impl StreamComposition {
             Ok(emptied)
         };
         for (region, block) in self.setup.blocks.iter().enumerate() {
-            let untold = |error| untold_pages(&block.name, error);
             let count = PageCount(block.used_length / ram.block(region).page_size);
             let mut present = (block.used_length <= ZEROED_LEN_MAX).then(|| PageSet::new(count));
             let mut last = None;
-            for window in ram.windows(region).map_err(untold)? {
-                let window = window.map_err(untold)?;
+            for window in presence.windows(ram, region, &block.name)? {
+                let window = window?;
                 if let Some(present) = &mut present {
                     present.insert_window(&window);
                 }

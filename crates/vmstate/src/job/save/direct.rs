@@ -271,5 +271,6 @@ pub(super) fn carry(
         stopped_at,
         read_at,
         memory_bytes: moved.memory_bytes,
+        presence: Some(moved.presence.waited),
     })
 }

@@ -214,6 +214,8 @@ pub struct SaveReport {
     pub peak_memory_bytes: u64,
     /// How long each phase took.
     pub phases: Phases,
+    /// How much of the phase `ram` was spent in waiting to learn which pages are there; `None` where QEMU carried them.
+    pub presence: Option<Duration>,
     /// The image that this one has replaced. Its room comes back when the report and all copies of it are dropped.
     pub replaced: Option<Arc<Replaced>>,
 }
@@ -236,6 +238,7 @@ struct Carried {
     stopped_at: Instant,
     read_at: Instant,
     memory_bytes: u64,
+    presence: Option<Duration>,
 }
 
 /// Saves a guest.
@@ -330,6 +333,7 @@ pub fn save(settings: &SaveSettings, cancel: &Cancel, observer: &dyn Observer) -
         downtime: carried.read_at.saturating_duration_since(carried.stopped_at),
         peak_memory_bytes: carried.memory_bytes.max(anonymous_memory_bytes()),
         phases,
+        presence: carried.presence,
         replaced: target.take_replaced().map(Arc::new),
     })
 }

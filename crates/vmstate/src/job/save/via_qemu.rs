@@ -129,6 +129,7 @@ pub(super) fn carry(
         stopped_at,
         read_at,
         memory_bytes: anonymous_memory_bytes(),
+        presence: None,
     })
 }
 

@@ -6,7 +6,7 @@ use io::{LaneOptions, LaneSettings, Target, WriteLanes};
 use mem::GuestRam;
 
 use super::SaveFormat;
-use crate::job::{anonymous_memory_bytes, untold_pages};
+use crate::job::{Presence, anonymous_memory_bytes};
 use crate::manifest::Manifest;
 use crate::qemu::Probe;
 use crate::sink::{
@@ -29,6 +29,7 @@ pub(super) struct Moved {
     pub(super) ram_bytes: u64,
     /// Our own memory while they moved.
     pub(super) memory_bytes: u64,
+    pub(super) presence: Presence,
 }
 
 impl<'a> Writing<'a> {
@@ -60,6 +61,7 @@ impl<'a> Writing<'a> {
     /// Writes every page that is there, no faster than that, and counts.
     pub(super) fn pages(&mut self, rate_max: Option<Rate>, ram: &Arc<GuestRam>) -> Result<Moved> {
         let limit = rate_max.map(Rate::limit);
+        let mut presence = Presence::default();
         match self {
             Writing::Fixed { composition, target, means } => {
                 target.begin(composition.end())?;
@@ -76,7 +78,7 @@ impl<'a> Writing<'a> {
                 )?;
                 // The presence map is read here, after the device state: a device's handler may have written
                 // memory.
-                let dealt = deal(ram, composition, &lanes);
+                let dealt = deal(ram, composition, &lanes, &mut presence);
                 let memory_bytes = anonymous_memory_bytes();
                 // A lane that failed is the reason why dealing failed, so its error is the one to tell.
                 lanes.finish()?;
@@ -87,16 +89,18 @@ impl<'a> Writing<'a> {
                     zero_bytes: moved.bytes_zero,
                     ram_bytes: composition.ram_bytes(),
                     memory_bytes,
+                    presence,
                 })
             }
             Writing::Flowing { composition, out, means } => {
                 // A limit holds up the pages, before they are compressed.
-                let sent = composition.write_ram(ram, &mut **out, means, limit.as_deref())?;
+                let sent = composition.write_ram(ram, &mut **out, means, limit.as_deref(), &mut presence)?;
                 Ok(Moved {
                     data_bytes: sent.data_bytes,
                     zero_bytes: sent.zero_bytes,
                     ram_bytes: composition.ram_bytes(),
                     memory_bytes: anonymous_memory_bytes(),
+                    presence,
                 })
             }
         }
@@ -132,11 +136,15 @@ impl<'a> Writing<'a> {
 }
 
 /// Deals every page that is there to the lanes, a window at a time.
-fn deal(ram: &GuestRam, composition: &MappedRamComposition, lanes: &WriteLanes) -> Result<()> {
+fn deal(
+    ram: &GuestRam,
+    composition: &MappedRamComposition,
+    lanes: &WriteLanes,
+    presence: &mut Presence,
+) -> Result<()> {
     for (region, place) in composition.places().enumerate() {
-        let untold = |error| untold_pages(&place.name, error);
-        for window in ram.windows(region).map_err(untold)? {
-            lanes.deal(ram.piece(region, &window.map_err(untold)?, place.pages.start))?;
+        for window in presence.windows(ram, region, &place.name)? {
+            lanes.deal(ram.piece(region, &window?, place.pages.start))?;
         }
     }
     Ok(())
