@@ -284,8 +284,16 @@ fn take_up(args: Restore) -> vmstate::Result<Outcome> {
         say_faults(&report.faults);
     }
     if args.report.json {
+        // What a restore tells: the guest could run, and may have been ready, before this began.
         print_json(&json!({
+            "mode": Mode::Lazy.name(),
+            "via": Via::Socket.name(),
+            "qemu_pid": report.qemu_pid,
+            "qmp": settings.qmp.to_string(),
             "run_state": report.run_state,
+            "first_instruction_ms": null,
+            "first_instruction_from_ready_ms": null,
+            "guest_ready_ms": null,
             "arrived_bytes": report.arrived_bytes,
             "read_bytes": report.read_bytes,
             "resident_ms": ms(report.resident),

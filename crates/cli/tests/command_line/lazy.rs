@@ -72,6 +72,14 @@ fn a_guest_whose_lazy_restore_was_killed_is_given_the_rest_and_is_whole() {
         assert_eq!((said.code, said.stderr.as_str()), (Some(0), ""), "{said:?}");
         let report: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
         assert_eq!(report["run_state"], "running", "{report}");
+        let expected = serde_json::json!(["lazy", "socket", target.pid(), qmp]);
+        let known: serde_json::Value =
+            ["mode", "via", "qemu_pid", "qmp"].into_iter().map(|key| report[key].clone()).collect();
+        assert_eq!(known, expected, "{report}");
+        assert!(report["resident_ms"].as_f64().unwrap() > 0.0, "{report}");
+        for key in ["first_instruction_ms", "first_instruction_from_ready_ms", "guest_ready_ms"] {
+            assert_eq!(report.get(key), Some(&serde_json::Value::Null), "{key}: {report}");
+        }
         let bytes = |key: &str| report[key].as_u64().unwrap();
         assert!(bytes("arrived_bytes") > 0 && bytes("read_bytes") > 0, "{report}");
         // The guest verifies every page in each round, and halts at the first that is not right.

@@ -55,6 +55,8 @@ pub struct TakeUpSettings {
 pub struct TakeUpReport {
     /// The run state afterwards.
     pub run_state: String,
+    /// QEMU's process, where it could be told.
+    pub qemu_pid: Option<u32>,
     /// Bytes of pages that were read.
     pub read_bytes: u64,
     /// Bytes of pages that had arrived before.
@@ -150,6 +152,7 @@ pub fn take_up(settings: &TakeUpSettings, cancel: &Cancel, observer: &dyn Observ
     let started = watch.started;
     Ok(TakeUpReport {
         run_state,
+        qemu_pid: session.client.listener_pid(),
         read_bytes: served.read_bytes,
         arrived_bytes,
         resident: resident_at.duration_since(started),
