@@ -573,4 +573,14 @@ mod tests {
         assert_eq!(end_of(&bytes, 0, 1 << 50).unwrap(), Ok(1 << 50));
         assert!(bytes.read.get() < SCANNED_MAX + SCANNED_MAX / 4, "{} bytes", bytes.read.get());
     }
+
+    #[test]
+    fn the_seeds_of_the_fuzz_target_pass_it() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/image_end");
+        let seeds: Vec<_> = std::fs::read_dir(folder).unwrap().collect();
+        assert!(seeds.len() >= 4);
+        for seed in seeds {
+            crate::source::fuzz::image_end(&std::fs::read(seed.unwrap().path()).unwrap());
+        }
+    }
 }

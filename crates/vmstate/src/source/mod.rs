@@ -5,6 +5,8 @@ mod ends;
 mod extents;
 mod flow;
 mod format;
+#[doc(hidden)]
+pub mod fuzz;
 mod image;
 mod libvirt;
 mod libvirt_source;
