@@ -5,8 +5,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use rustix::net::{
@@ -78,6 +78,10 @@ fn serve(
     let answered = Arc::new(AtomicU64::new(0));
     let mut passed = 0;
     let count = answered.clone();
+    // Held while a command goes on: nobody is to have QEMU's answer while this process still has the descriptors, by which
+    // it would be taken for QEMU.
+    let passing = Arc::new(Mutex::new(()));
+    let passed_on = passing.clone();
     let answers = (qemu.try_clone()?, client.try_clone()?);
     let back = std::thread::spawn(move || {
         let (from, mut to) = answers;
@@ -90,6 +94,7 @@ fn serve(
             }
             let is_answer = serde_json::from_slice(&line).is_ok_and(|line: Value| line["id"].is_u64());
             line.push(b'\n');
+            drop(passed_on.lock());
             if is_answer {
                 count.fetch_add(1, Ordering::Release);
             }
@@ -124,7 +129,10 @@ fn serve(
                     }
                 });
                 passed += 1;
+                let held = passing.lock();
                 send(qemu, &line, &with)?;
+                drop(with);
+                drop(held);
             }
         }
     }
